@@ -1,0 +1,29 @@
+"""BinaryAD on INP-Former, one model per category: float (stage 0), binary attention (1), binary attention and MLP (2).
+
+python Binary_INP_Single_Class.py --dataset MVTec-AD --data_path ./datasets/mvtec --phase train --clb_stage 1
+python Binary_INP_Single_Class.py --dataset MVTec-AD --data_path ./datasets/mvtec --phase train --clb_stage 2 \\
+    --load_checkpoint INP-Former-Single-Class
+python Binary_INP_Single_Class.py --dataset MVTec-AD --data_path ./datasets/mvtec --phase test --clb_stage 2
+python Binary_INP_Single_Class.py --dataset Folder --data_path my_parts --encoder dinov2_vit_small_14 \\
+    --item bracket --total_iters 200 --clb_stage 0
+"""
+
+import sys
+from collections.abc import Sequence
+
+from models.build import build_inp_former
+from utils.arguments import base_parser, settings_of
+from utils.command import run_command
+from utils.experiment import run_per_category
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    parser = base_parser(__doc__, save_name="INP-Former-Single-Class")
+    return run_command(
+        parser, argv, lambda arguments: run_per_category(settings_of(arguments), "INP-Former", build_inp_former)
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,175 @@
+"""Parameters, bits, bytes and multiply-accumulates (MACs) of a detector, counted module by module.
+
+Binary weights count 1 bit, everything else 32. A MAC of a layer whose weights and activations are both binary is one bit
+operation and is also given at 1/64 of a float MAC, the convention of the binary-network literature; milliseconds follow
+another law and are measured, not counted. Latent float weights exist in training only and are not counted.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from binarize.linear import BinaryLinear
+from binarize.stages import scale_parameters
+from models.detector import Detector
+
+BINARY_MAC_SHARE = 1 / 64
+_ENCODER = "encoder"
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Cost of one module or a sum of modules; MACs are for one image."""
+
+    parameters: int = 0
+    binary_parameters: int = 0
+    added_parameters: int = 0  # scales, thresholds and gates, which the float model does not have
+    float_macs: int = 0
+    binary_macs: int = 0
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(
+            self.parameters + other.parameters,
+            self.binary_parameters + other.binary_parameters,
+            self.added_parameters + other.added_parameters,
+            self.float_macs + other.float_macs,
+            self.binary_macs + other.binary_macs,
+        )
+
+    @property
+    def bits(self) -> int:
+        return 32 * (self.parameters - self.binary_parameters) + self.binary_parameters
+
+    @property
+    def bytes(self) -> int:
+        return (self.bits + 7) // 8
+
+    @property
+    def macs(self) -> int:
+        return self.float_macs + self.binary_macs
+
+    @property
+    def equivalent_macs(self) -> float:
+        """Float MACs plus binary MACs at 1/64."""
+        return self.float_macs + self.binary_macs * BINARY_MAC_SHARE
+
+    @property
+    def size_ratio(self) -> float:
+        """Bytes of the float32 model over bytes of this one."""
+        return 4 * (self.parameters - self.added_parameters) / self.bytes
+
+    @property
+    def mac_ratio(self) -> float | None:
+        """MACs over MACs with the binary ones at 1/64; None for a part without MACs."""
+        return self.macs / self.equivalent_macs if self.macs else None
+
+
+class _MapPass(torch.nn.Module):
+    """Gives `anomaly_map` a forward method, which the counter needs."""
+
+    def __init__(self, detector: Detector):
+        super().__init__()
+        self.detector = detector
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.detector.anomaly_map(images)
+
+
+def _count_macs(detector: Detector, crop_size: int) -> dict[str, int]:
+    """MACs of matrix products, convolutions and attention that each module does itself, by module name ("" is the detector).
+
+    Runs on shapes alone, without data. The encoder counts as one module.
+    """
+    map_pass = _MapPass(detector)
+    shapes = {name: torch.empty_like(value, device="meta") for name, value in map_pass.state_dict().items()}
+    image = torch.empty(1, 3, crop_size, crop_size, device="meta")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        torch.func.functional_call(map_pass, shapes, (image,))
+    root = _MapPass.__name__
+    counted = {
+        "" if name == root else name.removeprefix(f"{root}.detector."): sum(operations.values())
+        // 2  # a MAC is 2 operations
+        for name, operations in counter.get_flop_counts().items()
+        if name.startswith(root) and not name.startswith(f"{root}.detector.{_ENCODER}.")
+    }
+    own = dict(counted)
+    for name, macs in counted.items():
+        parent = name
+        while parent:  # what a module does inside a counted ancestor is not the ancestor's own
+            parent = parent.rpartition(".")[0]
+            if parent in counted:
+                own[parent] -= macs
+                break
+    return own
+
+
+def _part_name(name: str) -> str:
+    """The row a tensor or module belongs to: encoder, bottleneck, ..., and attention and MLP of the decoder apart."""
+    fields = name.split(".")
+    if fields[0] != "decoder":
+        return fields[0]
+    kind = fields[2] if len(fields) > 2 else ""
+    return {"attn": "decoder attention", "mlp": "decoder MLP"}.get(kind, "decoder norms")
+
+
+def cost_table(detector: Detector, crop_size: int) -> dict[str, Cost]:
+    """Cost per part, then the sums "decoder side" (all that is trained), "whole model" and "with unused blocks".
+
+    The encoder counts the blocks that are run and kept; the last row counts its unused blocks and its full position
+    table too, as published parameter counts do.
+    """
+    binary_weights = {f"{name}.weight" for name, module in detector.named_modules() if isinstance(module, BinaryLinear)}
+    added = {id(parameter) for parameter in scale_parameters(detector)}
+    table: dict[str, Cost] = {}
+    for name, parameter in detector.named_parameters():
+        count = parameter.numel()
+        cost = Cost(count, count if name in binary_weights else 0, count if id(parameter) in added else 0)
+        table[_part_name(name)] = table.get(_part_name(name), Cost()) + cost
+
+    binary_modules = {
+        name
+        for name, module in detector.named_modules()
+        if isinstance(module, BinaryLinear) and module.options.activation_bits == 1
+    }
+    for name, macs in _count_macs(detector, crop_size).items():
+        if macs:
+            table[_part_name(name)] += Cost(binary_macs=macs) if name in binary_modules else Cost(float_macs=macs)
+
+    trained = sum((cost for part, cost in table.items() if part != _ENCODER), Cost())
+    unused = Cost(parameters=detector.encoder.published_parameters - table[_ENCODER].parameters)
+    whole = trained + table[_ENCODER]
+    return {**table, "decoder side": trained, "whole model": whole, "with unused blocks": whole + unused}
+
+
+def format_cost(table: dict[str, Cost]) -> str:
+    """The table as text; the last two columns compare with the same model in float32."""
+    header = ("part", "parameters", "binary", "MB", "GMAC", "binary GMAC", "GMAC at 1/64", "size ratio", "MAC ratio")
+    rows = [header]
+    for part, cost in table.items():
+        rows.append(
+            (
+                part,
+                f"{cost.parameters / 1e6:.2f} M",
+                f"{cost.binary_parameters / 1e6:.2f} M",
+                f"{cost.bytes / 1e6:.2f}",
+                f"{cost.macs / 1e9:.2f}",
+                f"{cost.binary_macs / 1e9:.2f}",
+                f"{cost.equivalent_macs / 1e9:.2f}",
+                f"{cost.size_ratio:.2f}x",
+                f"{cost.mac_ratio:.2f}x" if cost.mac_ratio else "-",
+            )
+        )
+    return format_rows(rows)
+
+
+def format_rows(rows: list[tuple[str, ...]]) -> str:
+    """Rows of cells as aligned text, the first column to the left, the others to the right."""
+    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if not index else cell.rjust(width)
+            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    )

@@ -1,0 +1,62 @@
+"""ELPV: electroluminescence photographs of solar cells, labelled per image (package `elpv-dataset`, CC BY-NC-SA 4.0).
+
+Probability 0 is good, 1 defective; the doubtful cells in between are left out. Good cells are split 80/20 into training
+and test by a hash of their file name, so the split is the same everywhere.
+"""
+
+import hashlib
+import importlib.util
+from pathlib import Path
+
+from common.errors import UserError
+from datasets.records import Record
+
+CATEGORIES = ["mono", "poly"]
+_LABELS = "labels.csv"
+
+
+def installed_root() -> Path:
+    """Data folder of the installed `elpv-dataset` package; raises UserError if it is not installed."""
+    package = importlib.util.find_spec("elpv_dataset")
+    if package is None:
+        raise UserError("ELPV not found: `pip install elpv-dataset==1.0.0.post1`, or give its data folder as --data_path")
+    return Path(package.origin).parent / "data"
+
+
+def _is_training_cell(name: str) -> bool:
+    return int(hashlib.sha256(name.encode()).hexdigest(), 16) % 5 != 0
+
+
+def _cells(root: Path, item: str) -> list[tuple[Path, float]]:
+    labels = root / _LABELS
+    if not labels.is_file():
+        raise UserError(f"ELPV labels not found: {str(labels)!r} does not exist; --data_path must hold labels.csv and images/")
+    cells = []
+    for number, line in enumerate(labels.read_text().splitlines(), 1):
+        try:
+            name, probability, kind = line.split()
+            probability = float(probability)
+        except ValueError as error:
+            raise UserError(f"ELPV labels damaged: line {number} of {str(labels)!r} is {line!r}, expected 'path probability type'") from error
+        path = (root / name).resolve()
+        if not path.is_relative_to(root.resolve()):
+            raise UserError(f"ELPV labels refused: line {number} of {str(labels)!r} points outside the data set: {name!r}")
+        if kind == item:
+            cells.append((path, probability))
+    if not cells:
+        raise UserError(f"ELPV has no cells of type {item!r} in {str(labels)!r}")
+    return sorted(cells)
+
+
+def train_records(root: Path, item: str) -> list[Record]:
+    """Four fifths of the good cells."""
+    return [Record(path, 0, item) for path, p in _cells(root, item) if p == 0 and _is_training_cell(path.name)]
+
+
+def test_records(root: Path, item: str) -> list[Record]:
+    """The other good cells and all surely defective ones."""
+    return [
+        Record(path, int(p), item)
+        for path, p in _cells(root, item)
+        if p == 1 or (p == 0 and not _is_training_cell(path.name))
+    ]

@@ -1,0 +1,90 @@
+"""Decode one image or mask from disk, or say in one sentence why not."""
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+from PIL import ExifTags, Image, ImageOps
+
+from common.errors import UserError
+
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"}
+DEFAULT_MAX_PIXELS = 100_000_000
+_SIXTEEN_BIT_MODES = {"I;16", "I;16B", "I;16L", "I;16N", "I"}
+_SWAPPED_ORIENTATIONS = {5, 6, 7, 8}  # EXIF: the displayed image is turned by 90 degrees
+
+
+def is_image_file(path: Path) -> bool:
+    """True for a visible file with an image suffix in any letter case."""
+    return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and path.is_file()
+
+
+def list_images(folder: Path) -> list[Path]:
+    """Image files directly in `folder`, sorted by name; hidden and other files are passed over."""
+    return sorted(path for path in folder.iterdir() if is_image_file(path))
+
+
+def _open(path: Path, max_pixels: int) -> Image.Image:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit follows
+            image = Image.open(path)
+    except Image.DecompressionBombError as error:
+        raise UserError(f"image too large: {str(path)!r}: {error}") from error
+    except (OSError, SyntaxError, ValueError) as error:  # PIL's plugins raise all three for files that are no images
+        reason = "is empty (0 bytes)" if path.is_file() and path.stat().st_size == 0 else f"is no readable image ({error})"
+        raise UserError(
+            f"cannot read {str(path)!r}: it {reason}; replace or remove it, or give --skip_bad_images"
+        ) from error
+    if image.width * image.height > max_pixels:
+        raise UserError(
+            f"image too large: {str(path)!r} has {image.width}x{image.height} pixels, the limit is {max_pixels}; "
+            "scale it down or raise --max_pixels"
+        )
+    return image
+
+
+def image_size(path: Path, max_pixels: int = DEFAULT_MAX_PIXELS) -> tuple[int, int]:
+    """(width, height) as displayed, from the header alone."""
+    with _open(path, max_pixels) as image:
+        swapped = image.getexif().get(ExifTags.Base.Orientation) in _SWAPPED_ORIENTATIONS
+        return (image.height, image.width) if swapped else image.size
+
+
+def _decoded(path: Path, max_pixels: int) -> Image.Image:
+    with _open(path, max_pixels) as image:
+        try:
+            image.load()
+            return ImageOps.exif_transpose(image)
+        except (OSError, SyntaxError, ValueError, EOFError) as error:
+            raise UserError(
+                f"cannot decode {str(path)!r}: damaged or cut short ({error}); replace or remove it, "
+                "or give --skip_bad_images"
+            ) from error
+
+
+def load_image(path: Path, max_pixels: int = DEFAULT_MAX_PIXELS) -> Image.Image:
+    """RGB image with its EXIF rotation applied; 16-bit grey is scaled by 1/257, not clipped.
+
+    Raises:
+        UserError: the file is empty, damaged, no image, too large, or holds floating-point pixels.
+    """
+    image = _decoded(path, max_pixels)
+    if image.mode in _SIXTEEN_BIT_MODES:
+        values = np.asarray(image)
+        if values.max(initial=0) > 65535 or values.min(initial=0) < 0:
+            raise UserError(f"cannot use {str(path)!r}: pixel values beyond 16 bits; convert it to 8 or 16 bits")
+        return Image.fromarray(np.round(values / 257).astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        raise UserError(f"cannot use {str(path)!r}: floating-point pixels; convert it to 8 or 16 bits")
+    return image.convert("RGB")
+
+
+def load_mask(path: Path, max_pixels: int = DEFAULT_MAX_PIXELS) -> Image.Image:
+    """Mask as a grey image of 0 and 255: every pixel with any colour value above 0 is defect."""
+    image = _decoded(path, max_pixels)
+    if image.mode not in _SIXTEEN_BIT_MODES | {"F", "L", "1"}:
+        image = image.convert("RGB")
+    values = np.asarray(image)
+    defect = values > 0 if values.ndim == 2 else (values > 0).any(axis=2)
+    return Image.fromarray(defect.astype(np.uint8) * 255)

@@ -1,0 +1,98 @@
+"""The numbers of every model, in one place: names to sizes, sizes to networks."""
+
+from dataclasses import dataclass
+
+import timm
+import torch
+from timm.models.vision_transformer import VisionTransformer
+
+from common.errors import UserError
+from models.encoder import FrozenEncoder, find_weights, load_encoder_weights, state_sha256
+from models.inp_former import INPFormer
+
+_MIDDLE_TAPS = list(range(2, 10))
+
+
+@dataclass(frozen=True)
+class EncoderNumbers:
+    """Size of an encoder: token width, heads of the decoder that follows it, tapped blocks, patch side in pixels."""
+
+    timm_name: str | None
+    embed_dim: int
+    num_heads: int
+    taps: list[int]
+    patch_size: int
+
+
+def _family(prefix: str, pattern: str, patch_size: int, sizes: tuple[str, ...]) -> dict[str, EncoderNumbers]:
+    numbers = {
+        "small": (384, 6, _MIDDLE_TAPS),
+        "base": (768, 12, _MIDDLE_TAPS),
+        "large": (1024, 16, list(range(4, 19, 2))),
+    }
+    return {
+        f"{prefix}_vit_{size}_{patch_size}": EncoderNumbers(pattern.format(size), *numbers[size], patch_size)
+        for size in sizes
+    }
+
+
+RANDOM_TINY_ENCODER = "random_vit_tiny_14"
+ENCODERS: dict[str, EncoderNumbers] = {
+    **_family("dinov2reg", "vit_{}_patch14_reg4_dinov2.lvd142m", 14, ("small", "base", "large")),
+    **_family("dinov2", "vit_{}_patch14_dinov2.lvd142m", 14, ("small", "base")),
+    **_family("dinov3", "vit_{}_patch16_dinov3.lvd1689m", 16, ("small", "base", "large")),
+    RANDOM_TINY_ENCODER: EncoderNumbers(None, 32, 2, _MIDDLE_TAPS, 14),  # for tests: its weights know nothing
+}
+
+
+def check_sizes(encoder_name: str, input_size: int, crop_size: int) -> None:
+    """Raise UserError unless the crop fits into the resized image and is a multiple of the patch."""
+    patch = ENCODERS[encoder_name].patch_size
+    if crop_size % patch:
+        below, above = crop_size // patch * patch, (crop_size // patch + 1) * patch
+        nearest = f"{below} or {above}" if below else f"{above}"
+        raise UserError(
+            f"--crop_size {crop_size} is no multiple of the patch of {encoder_name} ({patch}); use {nearest}"
+        )
+    if crop_size > input_size:
+        raise UserError(
+            f"--crop_size {crop_size} is larger than --input_size {input_size}; lower the crop to "
+            f"{input_size // patch * patch} or raise the input to at least {crop_size}"
+        )
+
+
+def build_encoder(
+    name: str, crop_size: int, weights_file: str | None = None, position_embedding: str = "paper"
+) -> FrozenEncoder:
+    """The frozen encoder `name` for crop_size x crop_size images; raises UserError if its weights cannot be had."""
+    numbers = ENCODERS[name]
+    if name == RANDOM_TINY_ENCODER:
+        vit = _random_tiny_vit(numbers, crop_size)
+        state, source = vit.state_dict(), "random weights, for tests only"
+        return FrozenEncoder(vit, numbers.taps, name, source, state_sha256(state), _count(state))
+    state, source = find_weights(name, numbers.timm_name, weights_file)
+    vit = timm.create_model(numbers.timm_name, pretrained=False, num_classes=0, img_size=crop_size)
+    sha256 = load_encoder_weights(vit, state, crop_size // numbers.patch_size, position_embedding, source)
+    return FrozenEncoder(vit, numbers.taps, name, source, sha256, _count(state))
+
+
+def _count(state: dict[str, torch.Tensor]) -> int:
+    return sum(value.numel() for value in state.values())
+
+
+def _random_tiny_vit(numbers: EncoderNumbers, crop_size: int) -> VisionTransformer:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return VisionTransformer(
+            img_size=crop_size,
+            patch_size=numbers.patch_size,
+            embed_dim=numbers.embed_dim,
+            depth=numbers.taps[-1] + 1,
+            num_heads=numbers.num_heads,
+            num_classes=0,
+        )
+
+
+def build_inp_former(encoder: FrozenEncoder, prototype_count: int) -> INPFormer:
+    """INP-Former with the width of its encoder, freshly initialised from torch's global generator."""
+    return INPFormer(encoder, ENCODERS[encoder.name].num_heads, prototype_count)

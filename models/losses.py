@@ -1,0 +1,51 @@
+"""Losses of the reconstruction networks, on tokens (B, N, C)."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class _ScaleGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, values: Tensor, weights: Tensor) -> Tensor:
+        ctx.save_for_backward(weights)
+        return values.view_as(values)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        (weights,) = ctx.saved_tensors
+        return gradient * weights, None
+
+
+def scale_gradient(values: Tensor, weights: Tensor) -> Tensor:
+    """Identity whose gradient is multiplied by `weights` (broadcast)."""
+    return _ScaleGradient.apply(values, weights)
+
+
+def cosine_distance(first: Tensor, second: Tensor) -> Tensor:
+    """1 - cosine over the channels: (B, N, C) twice -> (B, N)."""
+    return 1 - F.cosine_similarity(first, second, dim=-1)
+
+
+def global_cosine_distance(first: Tensor, second: Tensor) -> Tensor:
+    """1 - cosine of all tokens of an image taken as one vector, mean over the batch: a scalar."""
+    return (1 - F.cosine_similarity(first.flatten(1), second.flatten(1), dim=-1)).mean()
+
+
+def soft_mining_loss(target: Tensor, reconstruction: Tensor, exponent: float = 3.0) -> Tensor:
+    """Global cosine distance whose gradient is weighted per token (INP-Former, soft mining loss).
+
+    A token's weight is (distance / mean distance of the batch) ** exponent: what is badly reconstructed pulls harder.
+    The value is unweighted. `target` receives no gradient.
+    """
+    target = target.detach()
+    with torch.no_grad():
+        distance = cosine_distance(target, reconstruction)  # (B, N)
+        weights = (distance / distance.mean()) ** exponent
+    return global_cosine_distance(target, scale_gradient(reconstruction, weights.unsqueeze(-1)))
+
+
+def prototype_coherence_loss(tokens: Tensor, prototypes: Tensor) -> Tensor:
+    """Mean distance of every token (B, N, C) to its nearest prototype (B, M, C) of the image (INP-Former, L_c)."""
+    similarity = F.normalize(tokens, dim=-1) @ F.normalize(prototypes, dim=-1).transpose(-2, -1)  # (B, N, M)
+    return (1 - similarity).amin(dim=-1).mean()

@@ -1,0 +1,415 @@
+"""The command line: one parser for all entry scripts, defaults from a YAML file, and settings as small dataclasses."""
+
+import argparse
+import difflib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import yaml
+
+from binarize.linear import BinarizationOptions
+from binarize.stages import STAGES
+from common.errors import UserError
+from datasets.catalog import LAYOUTS
+from datasets.images import DEFAULT_MAX_PIXELS
+from models.build import ENCODERS, check_sizes
+from utils.devices import default_worker_count
+from utils.evaluation import EvaluationOptions
+from utils.optim import DEFAULT_WARMUP, warmup_length
+from utils.run_folder import check_plain_name, run_folder_name
+from utils.training import TrainingOptions, iterations_of
+
+STAGE_SUFFIXES = {0: "-FP", 1: "", 2: "-CLB2"}
+_LOG_EVERY = 10
+# A run folder and its checkpoints belong to one choice of these; the other flags do not change what is trained.
+IDENTITY_KEYS = (
+    "dataset", "encoder", "pos_embed", "input_size", "crop_size", "INP_num", "clb_stage", "load_checkpoint", "act_bits", "sab",
+    "weight_gradient", "activation_gradient", "distill", "distill_teacher", "total_epochs", "total_iters", "batch_size",
+    "learning_rate", "final_learning_rate", "warmup_iters", "weight_decay", "gradient_clip", "precision", "seed",
+    "skip_bad_images",
+)  # fmt: skip
+PROTOCOL_KEYS = (
+    "mask_threshold",
+    "smoothing_kernel",
+    "smoothing_sigma",
+    "max_ratio",
+    "pro_mode",
+    "allow_missing_masks",
+)
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """Which images: `path` is the root as given, `items` the wanted categories or None for all."""
+
+    dataset: str
+    path: str | None
+    items: list[str] | None
+    input_size: int
+    crop_size: int
+    max_pixels: int
+    allow_missing_masks: bool
+    skip_bad_images: bool
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Which network, and how far it is binary."""
+
+    encoder: str
+    encoder_weights: str | None
+    position_embedding: str
+    prototype_count: int
+    stage: int
+    binarization: BinarizationOptions
+    load_checkpoint: str | None
+    distillation_weight: float
+    distillation_teacher: str | None
+    forced_gate: float | None
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One command, checked. `config` holds all flags by name, as `config.yaml` stores them."""
+
+    config: dict
+    data: DataOptions
+    model: ModelOptions
+    training: TrainingOptions
+    evaluation: EvaluationOptions
+    phase: str
+    save_dir: Path
+    run_path: Path
+    resume: bool
+    overwrite: bool
+    device: str
+    cache_features: str
+
+    @property
+    def identity(self) -> dict:
+        """The part of the configuration that a trained model depends on."""
+        return {key: self.config[key] for key in IDENTITY_KEYS}
+
+    def run_path_of(self, save_name: str) -> Path:
+        """Folder of another run of the same data, encoder and sizes."""
+        name = run_folder_name(
+            save_name,
+            self.data.dataset,
+            self.model.encoder,
+            self.data.input_size,
+            self.data.crop_size,
+            self.model.prototype_count,
+        )
+        return self.save_dir / name
+
+    def training_for(self, item: str, image_count: int) -> TrainingOptions:
+        """Training options with the iterations of this category's image count filled in."""
+        epochs, iterations = self.config["total_epochs"], self.config["total_iters"]
+        per_epochs = iterations_of(epochs, image_count, self.training.batch_size, item)
+        total = iterations or per_epochs
+        warmup = warmup_length(total) if self.config["warmup_iters"] is None else self.config["warmup_iters"]
+        return replace(self.training, total_iterations=total, warmup=warmup)
+
+
+def _number(kind: type, low: float, high: float = math.inf):
+    def convert(text: str):
+        value = kind(text)
+        if not low <= value <= high:
+            limits = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
+            raise argparse.ArgumentTypeError(f"{text} is not {limits}")
+        return value
+
+    convert.__name__ = kind.__name__  # argparse names the type in its messages
+    return convert
+
+
+def base_parser(doc: str, save_name: str) -> argparse.ArgumentParser:
+    """The flags that every training script shares; `doc` is the script's docstring."""
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--config", metavar="FILE.yaml", help="defaults by flag name; the command line wins")
+    parser.add_argument(
+        "--phase", choices=["train", "test"], default="train", help="test: evaluate model.pth, train nothing"
+    )
+
+    data = parser.add_argument_group("data")
+    add_data_arguments(data)
+    data.add_argument("--input_size", type=_number(int, 1), default=448, help="images are resized to this square")
+    data.add_argument(
+        "--crop_size", type=_number(int, 1), default=392, help="then cropped to this one, a multiple of the patch"
+    )
+    data.add_argument(
+        "--skip_bad_images", action="store_true", help="leave out undecodable images and list them in bad_images.csv"
+    )
+
+    model = parser.add_argument_group("model")
+    model.add_argument(
+        "--encoder", choices=list(ENCODERS), default="dinov2reg_vit_base_14", metavar="NAME", help=" ".join(ENCODERS)
+    )
+    model.add_argument("--encoder_weights", metavar="FILE", help=".safetensors or .pth instead of a download")
+    model.add_argument(
+        "--pos_embed", choices=["paper", "timm"], default="paper", help="resampling of the position grid"
+    )
+    model.add_argument("--INP_num", type=_number(int, 1), default=6, help="intrinsic normal prototypes per image")
+
+    binary = parser.add_argument_group("binarization")
+    binary.add_argument(
+        "--clb_stage",
+        type=int,
+        choices=STAGES,
+        default=1,
+        help="0 float, 1 binary attention, 2 binary attention and MLP",
+    )
+    binary.add_argument(
+        "--load_checkpoint", metavar="NAME|FILE", help="model of the stage before: its save_name, or a model.pth"
+    )
+    binary.add_argument("--act_bits", type=int, choices=[1, 32], default=1, help="32: only weights are binary")
+    binary.add_argument(
+        "--sab",
+        choices=["mixed", "binary", "off"],
+        default="mixed",
+        help="softmax-aware binarization of attention maps",
+    )
+    binary.add_argument(
+        "--weight_gradient", choices=["clip", "triangle"], default="clip", help="gradient of the sign of weights"
+    )
+    binary.add_argument(
+        "--activation_gradient", choices=["clip", "triangle"], default="triangle", help="and of activations"
+    )
+    binary.add_argument(
+        "--distill",
+        type=_number(float, 0),
+        default=0.0,
+        metavar="WEIGHT",
+        help="add the distance to the float decoder's outputs",
+    )
+    binary.add_argument(
+        "--distill_teacher",
+        metavar="NAME|FILE",
+        help="stage-0 model to distil from (default: --load_checkpoint, if stage 0)",
+    )
+    binary.add_argument(
+        "--force_gate",
+        type=_number(float, 0, 1),
+        metavar="0..1",
+        help="test phase: replace the gates of SAB (0 float map, 1 binary map)",
+    )
+
+    training = parser.add_argument_group("training")
+    training.add_argument("--total_epochs", type=_number(int, 1), default=200)
+    training.add_argument("--total_iters", type=_number(int, 1), help="iterations instead of epochs")
+    training.add_argument("--batch_size", type=_number(int, 1), default=16)
+    training.add_argument("--learning_rate", type=_number(float, 0), default=1e-3, help="after the warm-up")
+    training.add_argument(
+        "--final_learning_rate", type=_number(float, 0), default=1e-4, help="at the end of the cosine"
+    )
+    training.add_argument(
+        "--warmup_iters", type=_number(int, 0), help=f"default {DEFAULT_WARMUP}, at most a fifth of the run"
+    )
+    training.add_argument("--weight_decay", type=_number(float, 0), default=1e-4)
+    training.add_argument("--gradient_clip", type=_number(float, 0), default=0.1, help="largest global gradient norm")
+    training.add_argument("--seed", type=int, default=1)
+    training.add_argument("--device", default="auto", metavar="auto|cpu|cuda[:i]")
+    training.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
+    training.add_argument(
+        "--num_workers", type=_number(int, 0), default=default_worker_count(), help="loader processes"
+    )
+    training.add_argument(
+        "--cache_features", choices=["auto", "off", "ram", "disk"], default="auto", help="encode every image only once"
+    )
+
+    evaluation = parser.add_argument_group("evaluation")
+    evaluation.add_argument(
+        "--mask_threshold",
+        type=_number(float, 0, 1),
+        default=0.5,
+        help="mask > this is defect (INP-Former 0.5, Dinomaly 0)",
+    )
+    evaluation.add_argument(
+        "--smoothing_kernel", type=_number(int, 0), default=5, help="odd side in pixels, 0 for none"
+    )
+    evaluation.add_argument("--smoothing_sigma", type=_number(float, 1e-3), default=4.0)
+    evaluation.add_argument(
+        "--max_ratio",
+        type=_number(float, 0, 1),
+        default=0.01,
+        help="share of top pixels in the image score, 0 for the maximum",
+    )
+    evaluation.add_argument(
+        "--pro_mode", choices=["exact", "dinomaly"], default="exact", help="dinomaly: 200 thresholds, for old tables"
+    )
+
+    output = parser.add_argument_group("output")
+    output.add_argument("--save_dir", default="./saved_results")
+    output.add_argument("--save_name", help=f"default {save_name}, with -FP for stage 0 and -CLB2 for stage 2")
+    output.add_argument("--resume", action="store_true", help="skip finished categories, go on from last.pth")
+    output.add_argument("--overwrite", action="store_true", help="delete what an earlier run left in this run folder")
+    output.add_argument(
+        "--save_every", type=_number(int, 1), default=500, metavar="ITERATIONS", help="between two last.pth"
+    )
+    output.add_argument("--quiet", action="store_true", help="warnings only")
+    output.add_argument("--debug", action="store_true", help="show tracebacks")
+    parser.set_defaults(default_save_name=save_name)
+    return parser
+
+
+def add_data_arguments(group) -> None:
+    """The flags that say which images; also used by the tools that only look at data."""
+    group.add_argument("--dataset", choices=list(LAYOUTS), default="MVTec-AD")
+    group.add_argument(
+        "--data_path", metavar="FOLDER", help="root of the data set (ELPV: default is the installed package)"
+    )
+    group.add_argument("--item", nargs="+", metavar="CATEGORY", help="default: all categories of the data set")
+    group.add_argument("--max_pixels", type=_number(int, 1), default=DEFAULT_MAX_PIXELS, help="refuse larger images")
+    group.add_argument("--allow_missing_masks", action="store_true", help="pixel metrics on the images that have masks")
+
+
+def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the command line over the defaults of `--config`; argparse ends the process with code 2 on a wrong flag."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--config")
+    given, rest = first.parse_known_args(argv)
+    tokens = _config_tokens(parser, Path(given.config)) if given.config else []
+    arguments = parser.parse_args([*tokens, *rest])
+    arguments.config = given.config
+    return arguments
+
+
+def _config_tokens(parser: argparse.ArgumentParser, path: Path) -> list[str]:
+    """The settings of a YAML file as command-line words, so that argparse checks them as it checks typed ones."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"--config {str(path)!r} cannot be read as YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict) or not content:
+        raise UserError(f"--config {str(path)!r} is empty or no list of `flag: value` lines")
+    flags = {
+        action.dest: action
+        for action in parser._actions
+        if action.option_strings and action.dest not in ("help", "config")
+    }
+    tokens = []
+    for key, value in content.items():
+        if key not in flags:
+            near = difflib.get_close_matches(str(key), flags, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else "see --help"
+            raise UserError(f"--config {str(path)!r}: unknown setting {key!r}; {hint}")
+        if value is None:
+            continue
+        if isinstance(flags[key], argparse._StoreTrueAction):
+            if not isinstance(value, bool):
+                raise UserError(f"--config {str(path)!r}: {key} must be true or false, found {value!r}")
+            tokens += [f"--{key}"] if value else []
+        elif isinstance(value, list) and flags[key].nargs == "+" and value:
+            tokens += [f"--{key}", *map(str, value)]
+        elif isinstance(value, (str, int, float)) and not isinstance(value, bool):
+            tokens += [f"--{key}={value}"]
+        else:
+            raise UserError(f"--config {str(path)!r}: {key} has the unusable value {value!r}")
+    return tokens
+
+
+def settings_of(arguments: argparse.Namespace) -> Settings:
+    """Check flags against each other and sort them into dataclasses; raises UserError for a combination that cannot work."""
+    config = {
+        key: value
+        for key, value in vars(arguments).items()
+        if key not in ("config", "default_save_name", "quiet", "debug")
+    }
+    config["save_name"] = check_plain_name(
+        arguments.save_name or arguments.default_save_name + STAGE_SUFFIXES[arguments.clb_stage], "--save_name"
+    )
+    check_sizes(arguments.encoder, arguments.input_size, arguments.crop_size)
+    _check_combinations(arguments)
+    save_dir = Path(arguments.save_dir)
+    name = run_folder_name(
+        config["save_name"],
+        arguments.dataset,
+        arguments.encoder,
+        arguments.input_size,
+        arguments.crop_size,
+        arguments.INP_num,
+    )
+    return Settings(
+        config=config,
+        data=DataOptions(
+            dataset=arguments.dataset,
+            path=arguments.data_path,
+            items=arguments.item,
+            input_size=arguments.input_size,
+            crop_size=arguments.crop_size,
+            max_pixels=arguments.max_pixels,
+            allow_missing_masks=arguments.allow_missing_masks,
+            skip_bad_images=arguments.skip_bad_images,
+        ),
+        model=ModelOptions(
+            encoder=arguments.encoder,
+            encoder_weights=arguments.encoder_weights,
+            position_embedding=arguments.pos_embed,
+            prototype_count=arguments.INP_num,
+            stage=arguments.clb_stage,
+            binarization=BinarizationOptions(
+                arguments.act_bits, arguments.sab, arguments.weight_gradient, arguments.activation_gradient
+            ),
+            load_checkpoint=arguments.load_checkpoint,
+            distillation_weight=arguments.distill,
+            distillation_teacher=arguments.distill_teacher,
+            forced_gate=arguments.force_gate,
+        ),
+        training=TrainingOptions(
+            total_iterations=0,  # filled in by `training_for`
+            batch_size=arguments.batch_size,
+            warmup=0,
+            peak_rate=arguments.learning_rate,
+            final_rate=arguments.final_learning_rate,
+            weight_decay=arguments.weight_decay,
+            gradient_clip=arguments.gradient_clip,
+            seed=arguments.seed,
+            precision=arguments.precision,
+            num_workers=arguments.num_workers,
+            save_every=arguments.save_every,
+            log_every=_LOG_EVERY,
+        ),
+        evaluation=EvaluationOptions(
+            arguments.mask_threshold,
+            arguments.smoothing_kernel,
+            arguments.smoothing_sigma,
+            arguments.max_ratio,
+            arguments.pro_mode,
+        ),
+        phase=arguments.phase,
+        save_dir=save_dir,
+        run_path=save_dir / name,
+        resume=arguments.resume,
+        overwrite=arguments.overwrite,
+        device=arguments.device,
+        cache_features=arguments.cache_features,
+    )
+
+
+def _check_combinations(arguments: argparse.Namespace) -> None:
+    stage, training = arguments.clb_stage, arguments.phase == "train"
+    if arguments.smoothing_kernel and arguments.smoothing_kernel % 2 == 0:
+        raise UserError(
+            f"--smoothing_kernel {arguments.smoothing_kernel} is even; use {arguments.smoothing_kernel + 1}, or 0 for none"
+        )
+    if arguments.resume and arguments.overwrite:
+        raise UserError("--resume continues a run and --overwrite deletes it; give one of them")
+    if arguments.force_gate is not None and training:
+        raise UserError("--force_gate is for --phase test")
+    if stage == 0 and arguments.load_checkpoint and training:
+        raise UserError(
+            "--clb_stage 0 trains the float network from scratch and takes no --load_checkpoint; leave it out"
+        )
+    if stage == 2 and not arguments.load_checkpoint and training:
+        raise UserError(
+            "--clb_stage 2 starts from a stage-1 model: give --load_checkpoint NAME (its save_name, by default "
+            f"{arguments.default_save_name}) or a model.pth"
+        )
+    if arguments.distill and training and not (arguments.distill_teacher or (stage == 1 and arguments.load_checkpoint)):
+        raise UserError(
+            "--distill needs a float model: give --distill_teacher NAME (its save_name) or a model.pth of stage 0"
+        )

@@ -1,0 +1,42 @@
+"""Run a command and turn every expected failure into one sentence and an exit code."""
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+
+from common.errors import CommandError, Interrupted
+from utils.arguments import parse
+from utils.logs import log_to_terminal
+
+
+def run_command(
+    parser: argparse.ArgumentParser, argv: Sequence[str] | None, work: Callable[[argparse.Namespace], int]
+) -> int:
+    """Parse the command line, do the work, and return its exit code (see `common.errors`)."""
+    arguments = None
+    signal.signal(signal.SIGTERM, _raise_interrupted)
+    try:
+        arguments = parse(parser, argv)
+        log_to_terminal(getattr(arguments, "quiet", False))
+        return work(arguments)
+    except CommandError as error:
+        if getattr(arguments, "debug", False):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except Interrupted as stop:
+        return stop.exit_code
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    except MemoryError:
+        print("error: out of memory; lower --batch_size, or give --cache_features disk", file=sys.stderr)
+        return 4
+    except BrokenPipeError:  # the reader of our output went away, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _raise_interrupted(number: int, frame) -> None:
+    raise Interrupted(number)

@@ -1,0 +1,136 @@
+"""Put a detector together: host network, stage, and the weights it starts from."""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+from binarize.linear import BinarizationOptions
+from binarize.stages import binarize
+from common.errors import UserError
+from models.detector import Detector
+from models.encoder import FrozenEncoder
+from utils.arguments import ModelOptions, Settings
+from utils.checkpoint import load_checkpoint
+
+logger = logging.getLogger(__name__)
+
+BuildNetwork = Callable[[FrozenEncoder, int], Detector]
+
+# What a checkpoint and the command that reads it must agree on; the last four only once a stage is binary.
+_SHARED_KEYS = (
+    "host",
+    "dataset",
+    "item",
+    "encoder",
+    "encoder_sha256",
+    "pos_embed",
+    "input_size",
+    "crop_size",
+    "INP_num",
+)
+_BINARY_KEYS = ("act_bits", "sab", "weight_gradient", "activation_gradient")
+
+
+def description(settings: Settings, item: str, encoder: FrozenEncoder, host: str) -> dict:
+    """What a checkpoint says about its model."""
+    return {
+        "host": host,
+        "item": item,
+        "stage": settings.model.stage,
+        "encoder": encoder.name,
+        "encoder_sha256": encoder.weights_sha256,
+        "config": settings.identity,
+    }
+
+
+def checkpoint_path(settings: Settings, reference: str, item: str) -> Path:
+    """The file meant by `NAME|FILE`: an existing file, else the model of this category in the run of that save_name."""
+    if Path(reference).is_file():
+        return Path(reference)
+    path = settings.run_path_of(reference) / item / "model.pth"
+    if not path.is_file():
+        raise UserError(
+            f"no model for {reference!r}: neither a file of that name nor {str(path)!r} exists; train that stage first "
+            "with the same data set, encoder, sizes and INP_num"
+        )
+    return path
+
+
+def open_checkpoint(path: Path, expected: dict, stages: tuple[int, ...], purpose: str) -> dict:
+    """Read a checkpoint and compare it with what the command expects.
+
+    Raises:
+        UserError: damaged, of another stage than `stages`, or of another model; shows expected and found.
+    """
+    content = load_checkpoint(path)
+    if content["stage"] not in stages:
+        wanted = " or ".join(map(str, stages))
+        raise UserError(
+            f"wrong stage: {purpose} needs a model of CLB stage {wanted}, {str(path)!r} is of stage {content['stage']}"
+        )
+    keys = _SHARED_KEYS + (_BINARY_KEYS if content["stage"] > 0 and expected["stage"] > 0 else ())
+    found, wanted = ({**description_["config"], **description_} for description_ in (content, expected))
+    differences = [
+        f"{key}: expected {wanted[key]!r}, found {found.get(key)!r}" for key in keys if found.get(key) != wanted[key]
+    ]
+    if differences:
+        raise UserError(f"wrong model: {str(path)!r} does not fit this command; {'; '.join(differences)}")
+    return content
+
+
+def restore_detector(content: dict, path: Path, encoder: FrozenEncoder, build: BuildNetwork) -> Detector:
+    """The detector of a checkpoint, at its own stage."""
+    config = content["config"]
+    detector = build(encoder, config["INP_num"])
+    options = BinarizationOptions(
+        *(config[key] for key in ("act_bits", "sab", "weight_gradient", "activation_gradient"))
+    )
+    binarize(detector, content["stage"], options)
+    state = {name.removeprefix("module.").removeprefix("_orig_mod."): value for name, value in content["model"].items()}
+    try:
+        detector.load_trained_state(state)
+    except RuntimeError as error:
+        raise UserError(
+            f"wrong model: the tensors in {str(path)!r} do not fit; {' '.join(str(error).split())}"
+        ) from error
+    return detector
+
+
+def start_detector(settings: Settings, expected: dict, encoder: FrozenEncoder, build: BuildNetwork) -> Detector:
+    """A detector ready to be trained at the wanted stage: fresh, or from the stage before; with its teacher, if any."""
+    options, item = settings.model, expected["item"]
+    if options.load_checkpoint is None:
+        detector = build(encoder, options.prototype_count)
+    else:
+        path = checkpoint_path(settings, options.load_checkpoint, item)
+        content = open_checkpoint(path, expected, (options.stage - 1,), f"--clb_stage {options.stage}")
+        detector = restore_detector(content, path, encoder, build)
+        logger.info("%s: starts from %s (stage %d)", item, path, content["stage"])
+    binarize(detector, options.stage, options.binarization)
+    if options.distillation_weight:
+        _set_teacher(detector, settings, expected, encoder, build)
+    return detector
+
+
+def _set_teacher(
+    detector: Detector, settings: Settings, expected: dict, encoder: FrozenEncoder, build: BuildNetwork
+) -> None:
+    path = checkpoint_path(settings, _teacher_reference(settings.model), expected["item"])
+    content = open_checkpoint(path, expected, (0,), "--distill")
+    detector.distil_from(
+        restore_detector(content, path, encoder, build).to(detector.device), settings.model.distillation_weight
+    )
+    logger.info("%s: distils from %s", expected["item"], path)
+
+
+def _teacher_reference(options: ModelOptions) -> str:
+    return options.distillation_teacher or options.load_checkpoint
+
+
+def referenced_checkpoints(settings: Settings, item: str) -> list[Path]:
+    """All files a training of this category will read; raises UserError if one is absent."""
+    options = settings.model
+    references = [options.load_checkpoint] if options.load_checkpoint else []
+    if options.distillation_weight:
+        references.append(_teacher_reference(options))
+    return [checkpoint_path(settings, reference, item) for reference in references]

@@ -1,0 +1,308 @@
+"""Train and evaluate: what a paper setting does with its data, from flags to results."""
+
+import logging
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, Subset, default_collate
+
+from binarize.cost import Cost, cost_table, format_cost
+from binarize.stages import calibrate, force_gates
+from common.errors import UserError
+from datasets.catalog import LAYOUTS, choose_items, data_root
+from datasets.check import shared_images, undecodable
+from datasets.records import ImageDataset, Record, check_mask_sizes
+from models.build import build_encoder
+from models.detector import Detector
+from models.encoder import FrozenEncoder
+from utils.arguments import IDENTITY_KEYS, PROTOCOL_KEYS, Settings
+from utils.checkpoint import save_checkpoint
+from utils.detectors import (
+    BuildNetwork,
+    description,
+    open_checkpoint,
+    referenced_checkpoints,
+    restore_detector,
+    start_detector,
+)
+from utils.devices import autocast, choose_device, seed_everything
+from utils.evaluation import Evaluation, calibrate_scale, evaluate
+from utils.feature_cache import cache_features
+from utils.logs import log_to_file
+from utils.metrics import named
+from utils.pictures import write_contact_sheet
+from utils.report import format_metric, format_results, write_cost, write_run_report
+from utils.run_folder import MetricsLog, RunFolder, write_bad_images, write_scores
+from utils.training import ShuffledBatches, fit
+
+logger = logging.getLogger(__name__)
+
+_CALIBRATION_IMAGES = 256
+
+
+@dataclass(frozen=True)
+class CategoryData:
+    """Records of one category; bad ones already left out."""
+
+    item: str
+    train: list[Record]
+    test: list[Record]
+    bad: list[tuple[Record, str]]
+
+
+def run_per_category(settings: Settings, host: str, build: BuildNetwork) -> int:
+    """One model per category: train (unless `--phase test`), evaluate, report; returns the exit code.
+
+    Args:
+        host: name of the host network, stored in checkpoints.
+        build: (encoder, prototype count) -> fresh float detector.
+    """
+    device = choose_device(settings.device)
+    categories = list_data(settings)
+    run = RunFolder(settings.run_path)
+    if settings.phase == "train":
+        for category in categories:
+            settings.training_for(category.item, len(category.train))
+            referenced_checkpoints(settings, category.item)
+    encoder = build_encoder(
+        settings.model.encoder,
+        settings.data.crop_size,
+        settings.model.encoder_weights,
+        settings.model.position_embedding,
+    )
+    if settings.phase == "test":
+        return _test_categories(settings, run, categories, encoder, host, build, device)
+    with run.lock():
+        run.claim(settings.config, IDENTITY_KEYS, settings.overwrite)
+        with log_to_file(run.path / "log.txt"):
+            _train_categories(settings, run, categories, encoder, host, build, device)
+    return 0
+
+
+def list_data(settings: Settings) -> list[CategoryData]:
+    """Records of all wanted categories, checked as far as that is cheap, so that errors come before any training."""
+    options = settings.data
+    root, layout = data_root(options.dataset, options.path), LAYOUTS[options.dataset]
+    categories = []
+    for item in choose_items(options.dataset, root, options.items):
+        train, test = layout.train(root, item), layout.test(root, item, options.allow_missing_masks)
+        bad = undecodable([*train, *test], options.max_pixels) if options.skip_bad_images else []
+        skipped = {record for record, _ in bad}
+        train, test = ([record for record in part if record not in skipped] for part in (train, test))
+        check_mask_sizes(test, options.max_pixels)
+        for trained, tested in shared_images(train, test):
+            logger.warning("%s: the same image is in train and test: %r and %r", item, str(trained), str(tested))
+        categories.append(CategoryData(item, train, test, bad))
+    return categories
+
+
+def _train_categories(
+    settings: Settings,
+    run: RunFolder,
+    categories: list[CategoryData],
+    encoder: FrozenEncoder,
+    host: str,
+    build: BuildNetwork,
+    device: torch.device,
+) -> None:
+    run.write_environment(encoder.source, encoder.weights_sha256, settings.training.seed)
+    logger.info("run folder: %s", run.path)
+    logger.info("encoder: %s from %s (sha256 %s)", encoder.name, encoder.source, encoder.weights_sha256[:16])
+    logger.info("evaluation: %s", settings.evaluation.describe())
+    order = LAYOUTS[settings.data.dataset].categories(data_root(settings.data.dataset, settings.data.path))
+    _check_unfinished(settings, run, categories)
+    for category in categories:
+        item = category.item
+        expected = description(settings, item, encoder, host)
+        if settings.resume and item in run.rows():
+            open_checkpoint(run.item_folder(item) / "model.pth", expected, (settings.model.stage,), "--resume")
+            logger.info("%s: already finished, skipped (--resume)", item)
+            continue
+        if not settings.resume:
+            run.forget_item(item)
+        _log_data(run, category)
+        seed_everything(settings.training.seed)
+        detector = start_detector(settings, expected, encoder, build).to(device)
+        write_cost(run.path / "cost.json", log_cost(detector, settings.data.crop_size))
+        train_data, test_data = (
+            _prepared(settings, records, detector, f"{item} {part}")
+            for part, records in (("train", category.train), ("test", category.test))
+        )
+        log = MetricsLog(run.path / "metrics.jsonl", item)
+        _fit(settings, run, detector, train_data, expected, log)
+        calibration = _calibrated_scale(settings, detector, train_data, item)
+        save_checkpoint(
+            run.item_folder(item) / "model.pth",
+            {"model": detector.trained_state(), **expected, "calibration": calibration},
+        )
+        evaluation = _evaluate(settings, detector, test_data, item)
+        log.append(
+            "evaluation", mean_gate=evaluation.mean_gate, **named(evaluation.metrics(settings.evaluation.pro_mode))
+        )
+        _report_category(settings, run, item, evaluation, calibration, order)
+        (run.item_folder(item) / "last.pth").unlink(missing_ok=True)  # finished: model.pth and its row are on disk
+    write_run_report(run.path)
+    logger.info("results of %s\n%s", run.path, format_results(run.rows()))
+    print(f"report: {run.path / 'report.html'}")
+
+
+def _test_categories(
+    settings: Settings,
+    run: RunFolder,
+    categories: list[CategoryData],
+    encoder: FrozenEncoder,
+    host: str,
+    build: BuildNetwork,
+    device: torch.device,
+) -> int:
+    """Evaluate `model.pth` of every category; another protocol than the training's gets a folder of its own."""
+    stored = run.stored_config()
+    if stored is None:
+        raise UserError(
+            f"no run to test: {str(run.path)!r} does not exist; train it first, or correct --save_dir and --save_name"
+        )
+    changed = [f"{key}={settings.config[key]}" for key in PROTOCOL_KEYS if stored.get(key) != settings.config[key]]
+    if settings.model.forced_gate is not None:
+        changed.append(f"gate={settings.model.forced_gate:g}")
+    output = run.path / "_".join(["test", *changed]) if changed else run.path
+    order = LAYOUTS[settings.data.dataset].categories(data_root(settings.data.dataset, settings.data.path))
+    logger.info("evaluation: %s", settings.evaluation.describe())
+    with run.lock():
+        for category in categories:
+            path = run.item_folder(category.item) / "model.pth"
+            expected = description(settings, category.item, encoder, host)
+            content = open_checkpoint(path, expected, (settings.model.stage,), f"--clb_stage {settings.model.stage}")
+            detector = restore_detector(content, path, encoder, build).to(device)
+            force_gates(detector, settings.model.forced_gate)
+            data = _prepared(settings, category.test, detector, f"{category.item} test")
+            evaluation = _evaluate(settings, detector, data, category.item)
+            _report_category(settings, RunFolder(output), category.item, evaluation, content["calibration"], order)
+        write_run_report(output, training_folder=run.path)
+    logger.info("results of %s\n%s", output, format_results(RunFolder(output).rows()))
+    print(f"report: {output / 'report.html'}")
+    return 0
+
+
+def _check_unfinished(settings: Settings, run: RunFolder, categories: list[CategoryData]) -> None:
+    """Without --resume or --overwrite nothing that an earlier run trained is touched."""
+    if settings.resume or settings.overwrite:
+        return
+    trained = [
+        category.item
+        for category in categories
+        if any((run.item_folder(category.item) / name).exists() for name in ("model.pth", "last.pth"))
+    ]
+    if trained:
+        raise UserError(
+            f"{str(run.path)!r} already holds training of {' '.join(trained)}; give --resume to go on (finished categories "
+            "are skipped) or --overwrite to train them anew"
+        )
+
+
+def _log_data(run: RunFolder, category: CategoryData) -> None:
+    defective = sum(record.label for record in category.test)
+    logger.info(
+        "%s: %d training images, %d good and %d defective test images",
+        category.item,
+        len(category.train),
+        len(category.test) - defective,
+        defective,
+    )
+    if not category.test or defective in (0, len(category.test)):
+        logger.warning(
+            "%s: the test images are all of one class; image metrics do not exist (empty cells)", category.item
+        )
+    without_masks = sum(not record.has_pixel_truth for record in category.test)
+    if without_masks:
+        logger.warning(
+            "%s: %d defective images have no mask and count for image metrics only", category.item, without_masks
+        )
+    if category.bad:
+        logger.warning("%s: %d undecodable images skipped, see bad_images.csv", category.item, len(category.bad))
+        write_bad_images(run.item_folder(category.item) / "bad_images.csv", category.bad)
+
+
+def log_cost(detector: Detector, crop_size: int) -> dict[str, Cost]:
+    """Count the detector's cost and show it."""
+    table = cost_table(detector, crop_size)
+    logger.info("cost of one %dx%d image (counted, not measured)\n%s", crop_size, crop_size, format_cost(table))
+    return table
+
+
+def _prepared(settings: Settings, records: list[Record], detector: Detector, name: str) -> Dataset:
+    """The images of some records, with their features cached if the settings and the machine allow it."""
+    data = settings.data
+    images = ImageDataset(records, data.input_size, data.crop_size, data.max_pixels)
+    identity = {
+        "encoder_sha256": detector.encoder.weights_sha256,
+        "taps": detector.encoder.taps,
+        "pos_embed": settings.model.position_embedding,
+        "precision": settings.training.precision,
+    }
+
+    @torch.no_grad()
+    def encode(batch: Tensor) -> Tensor:
+        with autocast(detector.device, settings.training.precision):
+            return detector.encode(batch.to(detector.device)).cpu()
+
+    return cache_features(
+        images,
+        encode,
+        identity,
+        settings.cache_features,
+        settings.save_dir / "feature_cache",
+        settings.training.batch_size,
+        settings.training.num_workers,
+        name,
+    )
+
+
+def _fit(
+    settings: Settings, run: RunFolder, detector: Detector, data: Dataset, expected: dict, log: MetricsLog
+) -> None:
+    item = expected["item"]
+    options = settings.training_for(item, len(data))
+    logger.info(
+        "%s: %d iterations of %d images, warm-up %d, precision %s",
+        item,
+        options.total_iterations,
+        options.batch_size,
+        options.warmup,
+        options.precision,
+    )
+    indices = next(iter(ShuffledBatches(len(data), options.batch_size, options.seed, 0, 1)))
+    first_batch = default_collate([data[index]["image"] for index in indices]).to(detector.device)
+    calibrated = calibrate(detector, first_batch)
+    if calibrated:
+        logger.info("%s: thresholds and scales of %d binary layers set from the first batch", item, calibrated)
+    identity = {**expected, "image_count": len(data), "total_iterations": options.total_iterations}
+    fit(detector, data, options, run.item_folder(item), identity, log, settings.resume)
+
+
+def _evaluate(settings: Settings, detector: Detector, data: Dataset, name: str) -> Evaluation:
+    training = settings.training
+    return evaluate(
+        detector, data, settings.evaluation, training.batch_size, training.num_workers, training.precision, name
+    )
+
+
+def _calibrated_scale(settings: Settings, detector: Detector, data: Dataset, item: str) -> dict[str, float]:
+    """What maps of normal images look like, from at most 256 training images spread over the set."""
+    step = -(-len(data) // _CALIBRATION_IMAGES)
+    return calibrate_scale(_evaluate(settings, detector, Subset(data, range(0, len(data), step)), f"{item} train"))
+
+
+def _report_category(
+    settings: Settings, output: RunFolder, item: str, evaluation: Evaluation, calibration: dict, order: list[str]
+) -> None:
+    """Scores and pictures of a category, then its row: what has a row is complete."""
+    rows = zip(evaluation.paths, evaluation.labels.tolist(), evaluation.scores.tolist(), strict=True)
+    folder = output.item_folder(item)
+    write_scores(folder / "scores.csv", ((path, item, label, score) for path, label, score in rows))
+    write_contact_sheet(folder / "maps" / "contact_sheet.jpg", evaluation, calibration, settings.data)
+    metrics = named(evaluation.metrics(settings.evaluation.pro_mode))
+    output.add_row(item, metrics, order)
+    logger.info("%s: %s", item, ", ".join(f"{name} {format_metric(value)}" for name, value in metrics.items()))
+    if evaluation.mean_gate is not None:
+        logger.info("%s: %.1f %% of the attention maps is binary (mean gate of SAB)", item, 100 * evaluation.mean_gate)

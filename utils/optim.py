@@ -1,0 +1,78 @@
+"""StableAdamW and the warm-up/cosine schedule of INP-Former and Dinomaly."""
+
+import math
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+DEFAULT_WARMUP = 100
+
+
+class StableAdamW(Optimizer):
+    """AdamW with amsgrad and update clipping: the step of a tensor shrinks when its gradient outgrows its second moment.
+
+    p <- p (1 - lr wd); m, v the Adam moments, v_max the running maximum of v; denominator = sqrt(v_max) / sqrt(1 - b2^t)
+    + eps; r = max(1, RMS(gradient / denominator) / clip_threshold) per tensor; p <- p - lr / ((1 - b1^t) r) m / denominator
+    (Wortsman et al. 2023, in the form of the host models' training code).
+    """
+
+    def __init__(
+        self,
+        params,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-10,
+        weight_decay: float = 1e-4,
+        clip_threshold: float = 1.0,
+    ):
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "clip_threshold": clip_threshold,
+        }
+        super().__init__(params, defaults)
+
+    @torch.no_grad()
+    def step(self, closure=None) -> None:
+        """One update of every parameter that has a gradient; `closure` is not supported."""
+        if closure is not None:
+            raise ValueError("StableAdamW takes no closure")
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._update(parameter, parameter.grad, group)
+
+    def _update(self, parameter: Tensor, gradient: Tensor, group: dict) -> None:
+        state = self.state[parameter]
+        if not state:
+            state["step"] = 0
+            for name in ("first_moment", "second_moment", "second_moment_maximum"):
+                state[name] = torch.zeros_like(parameter)
+        state["step"] += 1
+        beta1, beta2 = group["betas"]
+        first, second, maximum = state["first_moment"], state["second_moment"], state["second_moment_maximum"]
+
+        parameter.mul_(1 - group["lr"] * group["weight_decay"])
+        first.lerp_(gradient, 1 - beta1)
+        second.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+        torch.maximum(maximum, second, out=maximum)
+        denominator = maximum.sqrt().div_(math.sqrt(1 - beta2 ** state["step"])).add_(group["eps"])
+        rms = (gradient / denominator).norm() / math.sqrt(parameter.numel())
+        shrink = (rms / group["clip_threshold"]).clamp_min(1.0)
+        parameter.sub_(first / denominator * (group["lr"] / (1 - beta1 ** state["step"]) / shrink))
+
+
+def warmup_length(total_iterations: int, wanted: int = DEFAULT_WARMUP) -> int:
+    """`wanted` warm-up iterations, but at most a fifth of a short run, which would otherwise be all warm-up."""
+    return min(wanted, total_iterations // 5)
+
+
+def learning_rate(iteration: int, total_iterations: int, warmup: int, peak: float, final: float) -> float:
+    """Rate of a 0-based iteration: linspace(0, peak) over the warm-up (the first step has rate 0), then cosine to final."""
+    if iteration < warmup:
+        return peak * iteration / max(1, warmup - 1)
+    progress = (iteration - warmup) / max(1, total_iterations - warmup)
+    return final + 0.5 * (peak - final) * (1 + math.cos(math.pi * progress))

@@ -1,0 +1,329 @@
+"""The folder of a run: what it is called, who may write into it, and the small files that describe it."""
+
+import csv
+import io
+import json
+import logging
+import os
+import platform
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy
+import timm
+import torch
+import yaml
+
+from common.errors import ResourceError, UserError
+from datasets.records import Record
+from utils.checkpoint import write_text
+from utils.metrics import METRIC_NAMES, mean_metrics
+
+logger = logging.getLogger(__name__)
+
+Row = dict[str, float | None]
+
+
+def run_folder_name(
+    save_name: str, dataset: str, encoder: str, input_size: int, crop_size: int, prototype_count: int
+) -> str:
+    """`<save_name>_dataset=..._Encoder=..._Resize=..._Crop=..._INP_num=...`, the papers' naming."""
+    return f"{save_name}_dataset={dataset}_Encoder={encoder}_Resize={input_size}_Crop={crop_size}_INP_num={prototype_count}"
+
+
+def check_plain_name(value: str, flag: str) -> str:
+    """Raise UserError for a name that would leave its folder."""
+    if not value or value in (".", "..") or "/" in value or "\\" in value or "\0" in value:
+        raise UserError(f"{flag} {value!r} must be a plain name without slashes")
+    return value
+
+
+class RunFolder:
+    """Reads and writes one run folder; every file is written atomically or appended line by line."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def item_folder(self, item: str) -> Path:
+        """Folder of one category."""
+        return self.path / item
+
+    def stored_config(self) -> dict | None:
+        """Configuration of the run that made the folder, or None for a new folder."""
+        path = self.path / "config.yaml"
+        if not path.is_file():
+            return None
+        try:
+            stored = yaml.safe_load(path.read_text())
+        except yaml.YAMLError as error:
+            raise UserError(
+                f"run folder damaged: {str(path)!r} is no YAML; remove the folder or choose another --save_name"
+            ) from error
+        if not isinstance(stored, dict):
+            raise UserError(
+                f"run folder damaged: {str(path)!r} holds no settings; remove the folder or choose another --save_name"
+            )
+        return stored
+
+    def claim(self, config: dict, identity_keys: Iterable[str], overwrite: bool) -> None:
+        """Make the folder this configuration's own.
+
+        Raises:
+            UserError: it holds a run with another value of an identity key, and `overwrite` is not given or the other
+                run has another CLB stage (a stage never overwrites another).
+            ResourceError: it cannot be written.
+        """
+        stored = self.stored_config()
+        if stored is None and self.path.is_dir() and any(child.name != "run.lock" for child in self.path.iterdir()):
+            raise UserError(
+                f"{str(self.path)!r} exists and is no run folder (no config.yaml); choose another --save_name"
+            )
+        if stored is not None:
+            differences = [
+                f"{key} {stored.get(key)!r} there, {config[key]!r} here"
+                for key in identity_keys
+                if stored.get(key) != config[key]
+            ]
+            if stored.get("clb_stage") != config["clb_stage"]:
+                raise UserError(
+                    f"{str(self.path)!r} holds CLB stage {stored.get('clb_stage')}, this command trains stage "
+                    f"{config['clb_stage']}; a stage never overwrites another: choose another --save_name"
+                )
+            if differences and not overwrite:
+                raise UserError(
+                    f"{str(self.path)!r} holds another run: {'; '.join(differences)}; choose another --save_name, or give "
+                    "--overwrite to delete that run"
+                )
+            if differences:
+                self._clear()
+        self.write_yaml("config.yaml", config)
+
+    def _clear(self) -> None:
+        for child in self.path.iterdir():
+            if child.name in ("run.lock", "log.txt"):
+                continue
+            shutil.rmtree(child) if child.is_dir() else child.unlink()
+
+    def forget_item(self, item: str) -> None:
+        """Delete what an earlier training of a category left."""
+        shutil.rmtree(self.item_folder(item), ignore_errors=True)
+        rows = self.rows()
+        if rows.pop(item, None) is not None:
+            self._write_rows(rows)
+        MetricsLog(self.path / "metrics.jsonl", item).truncate(0)
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the folder against a second process; a lock whose process is gone on this machine is taken over.
+
+        Raises:
+            ResourceError: another process holds it, or the folder cannot be written.
+        """
+        path = self.path / "run.lock"
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            _remove_stale_lock(path)
+            descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
+        except FileExistsError as error:
+            if not self.path.is_dir():
+                raise ResourceError(
+                    f"cannot use {str(self.path)!r} as run folder: it is a file; choose another --save_dir"
+                ) from error
+            raise ResourceError(
+                f"{str(self.path)!r} is in use by {path.read_text().strip() or 'another process'}; wait for it, or remove "
+                f"{path.name} if no such process runs"
+            ) from error
+        except OSError as error:
+            raise ResourceError(
+                f"cannot write into {str(self.path)!r}: {error.strerror or error}; choose another --save_dir"
+            ) from error
+        with os.fdopen(descriptor, "w") as file:
+            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+    def write_yaml(self, name: str, content: dict) -> None:
+        """Atomic YAML file."""
+        write_text(self.path / name, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
+
+    def write_environment(self, encoder_source: str, encoder_sha256: str, seed: int) -> None:
+        """`env.json`: versions, machine, code state, command line, encoder, seed."""
+        content = {
+            "command": sys.argv,
+            "python": platform.python_version(),
+            "platform": platform.platform(),
+            "torch": torch.__version__,
+            "timm": timm.__version__,
+            "numpy": numpy.__version__,
+            "cpu_threads": torch.get_num_threads(),
+            "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+            "commit": _commit(),
+            "seed": seed,
+            "encoder_source": encoder_source,
+            "encoder_sha256": encoder_sha256,
+        }
+        write_text(self.path / "env.json", json.dumps(content, indent=2) + "\n")
+
+    def rows(self) -> dict[str, Row]:
+        """Rows of `results.csv` by category, without the mean."""
+        return read_results(self.path / "results.csv")
+
+    def add_row(self, item: str, row: Row, order: list[str]) -> None:
+        """Put a finished category into `results.csv`, in the data set's order, and renew the mean."""
+        rows = {**self.rows(), item: row}
+        known = [name for name in order if name in rows]
+        self._write_rows({name: rows[name] for name in known + [name for name in rows if name not in known]})
+
+    def _write_rows(self, rows: dict[str, Row]) -> None:
+        write_results(self.path / "results.csv", rows)
+
+
+def write_results(path: Path, rows: dict[str, Row]) -> None:
+    """`results.csv`: a row per category and `Mean`; fractions with 4 decimals, empty where a metric does not exist."""
+    lines = {**rows, "Mean": mean_metrics(list(rows.values()))}
+    _write_csv(
+        path,
+        ("item", *METRIC_NAMES),
+        (
+            (safe_cell(item), *("" if row[name] is None else f"{row[name]:.4f}" for name in METRIC_NAMES))
+            for item, row in lines.items()
+        ),
+    )
+
+
+def read_results(path: Path) -> dict[str, Row]:
+    """Rows by category without the mean; raises UserError for a file of another form."""
+    if not path.is_file():
+        return {}
+    with path.open(newline="", encoding="utf-8") as file:
+        lines = list(csv.reader(file))
+    try:
+        if tuple(lines[0]) != ("item", *METRIC_NAMES):
+            raise ValueError("unknown columns")
+        return {
+            line[0].removeprefix("'"): {
+                name: float(cell) if cell else None for name, cell in zip(METRIC_NAMES, line[1:], strict=True)
+            }
+            for line in lines[1:]
+            if line[0] != "Mean"
+        }
+    except (ValueError, IndexError) as error:
+        raise UserError(
+            f"results damaged: {str(path)!r} is not a results table ({error}); remove it and run --phase test"
+        ) from error
+
+
+def write_scores(path: Path, rows: Iterable[tuple[str, str, int, float]]) -> None:
+    """`scores.csv`: path, item, label, score of every test image."""
+    _write_csv(
+        path,
+        ("path", "item", "label", "score"),
+        ((safe_cell(image_path), safe_cell(item), label, f"{score:.6f}") for image_path, item, label, score in rows),
+    )
+
+
+def write_bad_images(path: Path, bad: Iterable[tuple[Record, str]]) -> None:
+    """`bad_images.csv`: path and reason of every image left out."""
+    _write_csv(path, ("path", "reason"), ((safe_cell(str(record.path)), safe_cell(reason)) for record, reason in bad))
+
+
+def _write_csv(path: Path, header: tuple[str, ...], rows: Iterable[tuple]) -> None:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows(rows)
+    write_text(path, text.getvalue())
+
+
+def safe_cell(text: str) -> str:
+    """A cell that no spreadsheet takes for a formula: an apostrophe goes before what could start one."""
+    return f"'{text}" if text[:1] in ("=", "+", "-", "@", "'") else text
+
+
+class MetricsLog:
+    """`metrics.jsonl`: one JSON object per line, of all categories of a run."""
+
+    def __init__(self, path: Path, item: str):
+        self.path, self.item = path, item
+
+    def training(self, iteration: int, loss: float, rate: float, seconds: float, parts: dict[str, float]) -> None:
+        """One logged training step; `seconds` per iteration on average since the start."""
+        logger.info(
+            "%s: iteration %d, loss %.4f (%s), lr %.2e, %.2f s per iteration",
+            self.item,
+            iteration,
+            loss,
+            ", ".join(f"{name} {value:.4f}" for name, value in parts.items()),
+            rate,
+            seconds,
+        )
+        self.append("training", iteration=iteration, loss=loss, lr=rate, seconds_per_iteration=seconds, **parts)
+
+    def append(self, kind: str, **values) -> None:
+        """Append one line and flush it to the disk."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"item": self.item, "kind": kind, **values}) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def truncate(self, iteration: int) -> None:
+        """Drop this category's lines after an iteration: they will be written again."""
+        lines = read_metrics(self.path)
+        kept = [
+            line for line in lines if line["item"] != self.item or line.get("iteration", iteration + 1) <= iteration
+        ]
+        if len(kept) < len(lines):
+            write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """Lines of a `metrics.jsonl`; a last line cut short by a crash is passed over."""
+    if not path.is_file():
+        return []
+    lines = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:
+            logger.warning("passed over a damaged line of %s", path)
+    return lines
+
+
+def _remove_stale_lock(path: Path) -> None:
+    """Remove a lock whose process no longer runs on this machine."""
+    try:
+        _, process, _, host = path.read_text().split()
+    except (OSError, ValueError):
+        return
+    if host != socket.gethostname():
+        return
+    try:
+        os.kill(int(process), 0)
+    except ProcessLookupError:
+        logger.warning("took over the lock of process %s, which is gone", process)
+        path.unlink(missing_ok=True)
+    except PermissionError:
+        return
+
+
+def _commit() -> str | None:
+    """Commit of the code, with "+changes" if files differ from it; None outside a checkout."""
+    folder = Path(__file__).resolve().parent.parent
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
