@@ -20,9 +20,7 @@ from utils.experiment import run_per_category
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     parser = base_parser(__doc__, save_name="INP-Former-Single-Class")
-    return run_command(
-        parser, argv, lambda arguments: run_per_category(settings_of(arguments), "INP-Former", build_inp_former)
-    )
+    return run_command(parser, argv, lambda arguments: run_per_category(settings_of(arguments), "INP-Former", build_inp_former))
 
 
 if __name__ == "__main__":

@@ -88,8 +88,7 @@ def _count_macs(detector: Detector, crop_size: int) -> dict[str, int]:
         torch.func.functional_call(map_pass, shapes, (image,))
     root = _MapPass.__name__
     counted = {
-        "" if name == root else name.removeprefix(f"{root}.detector."): sum(operations.values())
-        // 2  # a MAC is 2 operations
+        "" if name == root else name.removeprefix(f"{root}.detector."): sum(operations.values()) // 2  # a MAC is 2 operations
         for name, operations in counter.get_flop_counts().items()
         if name.startswith(root) and not name.startswith(f"{root}.detector.{_ENCODER}.")
     }
@@ -140,36 +139,3 @@ def cost_table(detector: Detector, crop_size: int) -> dict[str, Cost]:
     unused = Cost(parameters=detector.encoder.published_parameters - table[_ENCODER].parameters)
     whole = trained + table[_ENCODER]
     return {**table, "decoder side": trained, "whole model": whole, "with unused blocks": whole + unused}
-
-
-def format_cost(table: dict[str, Cost]) -> str:
-    """The table as text; the last two columns compare with the same model in float32."""
-    header = ("part", "parameters", "binary", "MB", "GMAC", "binary GMAC", "GMAC at 1/64", "size ratio", "MAC ratio")
-    rows = [header]
-    for part, cost in table.items():
-        rows.append(
-            (
-                part,
-                f"{cost.parameters / 1e6:.2f} M",
-                f"{cost.binary_parameters / 1e6:.2f} M",
-                f"{cost.bytes / 1e6:.2f}",
-                f"{cost.macs / 1e9:.2f}",
-                f"{cost.binary_macs / 1e9:.2f}",
-                f"{cost.equivalent_macs / 1e9:.2f}",
-                f"{cost.size_ratio:.2f}x",
-                f"{cost.mac_ratio:.2f}x" if cost.mac_ratio else "-",
-            )
-        )
-    return format_rows(rows)
-
-
-def format_rows(rows: list[tuple[str, ...]]) -> str:
-    """Rows of cells as aligned text, the first column to the left, the others to the right."""
-    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if not index else cell.rjust(width)
-            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    )

@@ -33,12 +33,8 @@ def calibrate(detector: Detector, inputs: Tensor) -> int:
 
     One forward pass suffices: each layer is set just before it computes, so later layers see calibrated inputs.
     """
-    waiting = [
-        layer for layer in binary_layers(detector) if layer.options.activation_bits == 1 and not bool(layer.calibrated)
-    ]
-    hooks = [
-        layer.register_forward_pre_hook(lambda layer, arguments: layer.calibrate(arguments[0])) for layer in waiting
-    ]
+    waiting = [layer for layer in binary_layers(detector) if layer.options.activation_bits == 1 and not bool(layer.calibrated)]
+    hooks = [layer.register_forward_pre_hook(lambda layer, arguments: layer.calibrate(arguments[0])) for layer in waiting]
     if waiting:
         detector.anomaly_map(inputs)
     for hook in hooks:
@@ -71,9 +67,7 @@ def mean_gate(detector: nn.Module) -> float | None:
 def scale_parameters(detector: nn.Module) -> list[nn.Parameter]:
     """Scales, thresholds and gates of all binary layers: what a binary network has beyond its float host."""
     return [
-        parameter
-        for module in binary_layers(detector) + attention_gates(detector)
-        for parameter in module.scale_parameters()
+        parameter for module in binary_layers(detector) + attention_gates(detector) for parameter in module.scale_parameters()
     ]
 
 

@@ -33,7 +33,7 @@ LAYOUTS = {
     "MVTec-AD": Layout(
         categories=lambda root: list(mvtec.CATEGORIES),
         train=mvtec.train_records,
-        test=lambda root, item, allow: mvtec.test_records(root, item, masks_optional=False, allow_missing_masks=allow),
+        test=lambda root, item, allow: mvtec.test_records(root, item, truth_optional=False, allow_missing_masks=allow),
         published_counts=mvtec.PUBLISHED_COUNTS,
     ),
     "ELPV": Layout(
@@ -46,7 +46,7 @@ LAYOUTS = {
     "Folder": Layout(
         categories=mvtec.discover_categories,
         train=mvtec.train_records,
-        test=lambda root, item, allow: mvtec.test_records(root, item, masks_optional=True, allow_missing_masks=allow),
+        test=lambda root, item, allow: mvtec.test_records(root, item, truth_optional=True, allow_missing_masks=allow),
         published_counts={},
     ),
 }

@@ -25,16 +25,16 @@ def undecodable(records: Iterable[Record], max_pixels: int) -> list[tuple[Record
     return bad
 
 
-def mask_faults(record: Record, max_pixels: int) -> list[str]:
-    """Sentences on masks that are empty or of another size than their image."""
-    faults = []
+def mask_faults(record: Record, max_pixels: int) -> tuple[list[str], list[str]]:
+    """(errors, warnings) on the masks of a decodable record: another size than the image, or no pixel marked."""
+    errors, warnings = [], []
     try:
         check_mask_sizes([record], max_pixels)
     except UserError as error:
-        faults.append(str(error))
+        errors.append(str(error))
     if record.masks and not any(np.asarray(load_mask(mask, max_pixels)).any() for mask in record.masks):
-        faults.append(f"empty mask: {str(record.masks[0])!r} marks no pixel although its image is defective")
-    return faults
+        warnings.append(f"empty mask: {str(record.masks[0])!r} marks no pixel although its image is defective")
+    return errors, warnings
 
 
 def shared_images(train: list[Record], test: list[Record]) -> list[tuple[Path, Path]]:

@@ -53,11 +53,12 @@ def train_records(root: Path, item: str) -> list[Record]:
     return [Record(path, 0, item) for path in images]
 
 
-def test_records(root: Path, item: str, masks_optional: bool, allow_missing_masks: bool) -> list[Record]:
+def test_records(root: Path, item: str, truth_optional: bool, allow_missing_masks: bool) -> list[Record]:
     """Images of all folders of `<item>/test`, in order of folder and name; masks are found by stem, never by position.
 
     Args:
-        masks_optional: without any `ground_truth` folder, defective images simply have no pixel truth.
+        truth_optional: no `test` folder gives no records, and without any `ground_truth` folder defective images simply
+            have no pixel truth.
         allow_missing_masks: single missing masks are accepted too.
 
     Raises:
@@ -65,9 +66,11 @@ def test_records(root: Path, item: str, masks_optional: bool, allow_missing_mask
     """
     folder = root / item / "test"
     if not folder.is_dir():
+        if truth_optional:
+            return []
         raise UserError(f"no test images: {str(folder)!r} does not exist; expected {_TREE}")
     truth = root / item / "ground_truth"
-    demand_masks = not allow_missing_masks and not (masks_optional and not truth.is_dir())
+    demand_masks = not allow_missing_masks and not (truth_optional and not truth.is_dir())
     records: list[Record] = []
     for kind in sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")):
         images = list_images(kind)

@@ -31,8 +31,7 @@ def _family(prefix: str, pattern: str, patch_size: int, sizes: tuple[str, ...]) 
         "large": (1024, 16, list(range(4, 19, 2))),
     }
     return {
-        f"{prefix}_vit_{size}_{patch_size}": EncoderNumbers(pattern.format(size), *numbers[size], patch_size)
-        for size in sizes
+        f"{prefix}_vit_{size}_{patch_size}": EncoderNumbers(pattern.format(size), *numbers[size], patch_size) for size in sizes
     }
 
 
@@ -51,9 +50,7 @@ def check_sizes(encoder_name: str, input_size: int, crop_size: int) -> None:
     if crop_size % patch:
         below, above = crop_size // patch * patch, (crop_size // patch + 1) * patch
         nearest = f"{below} or {above}" if below else f"{above}"
-        raise UserError(
-            f"--crop_size {crop_size} is no multiple of the patch of {encoder_name} ({patch}); use {nearest}"
-        )
+        raise UserError(f"--crop_size {crop_size} is no multiple of the patch of {encoder_name} ({patch}); use {nearest}")
     if crop_size > input_size:
         raise UserError(
             f"--crop_size {crop_size} is larger than --input_size {input_size}; lower the crop to "

@@ -35,9 +35,7 @@ class FrozenEncoder(nn.Module):
         published_parameters: size of the encoder as published, with the blocks after the last tap.
     """
 
-    def __init__(
-        self, vit: nn.Module, taps: list[int], name: str, source: str, weights_sha256: str, published_parameters: int
-    ):
+    def __init__(self, vit: nn.Module, taps: list[int], name: str, source: str, weights_sha256: str, published_parameters: int):
         super().__init__()
         vit.prune_intermediate_layers(taps, prune_norm=True, prune_head=True)
         self.vit = vit
@@ -111,9 +109,7 @@ def read_weights_file(path: Path) -> tuple[dict[str, Tensor], str]:
         UserError: the file is absent, damaged or holds no plain tensors.
     """
     if not path.is_file():
-        raise UserError(
-            f"encoder weights not found: {path} is no file; give --encoder_weights FILE (.safetensors or .pth)"
-        )
+        raise UserError(f"encoder weights not found: {path} is no file; give --encoder_weights FILE (.safetensors or .pth)")
     try:
         if path.suffix == ".safetensors":
             with safetensors.safe_open(path, "pt") as file:
@@ -174,9 +170,7 @@ def find_weights(encoder_name: str, timm_name: str, weights_file: str | None) ->
     return _hub_weights(encoder_name, timm_name)
 
 
-def load_encoder_weights(
-    vit: nn.Module, state: dict[str, Tensor], grid: int, position_embedding: str, source: str
-) -> str:
+def load_encoder_weights(vit: nn.Module, state: dict[str, Tensor], grid: int, position_embedding: str, source: str) -> str:
     """Load a state dict of either naming into a timm ViT built for grid x grid patches; returns the content's sha256.
 
     Raises:

@@ -67,7 +67,5 @@ class ReconstructionDetector(Detector):
         distance = cosine_distance(features.float(), reconstruction.float())  # (B, 2, N)
         grid = round(distance.shape[-1] ** 0.5)
         size = grid * self.encoder.patch_size
-        maps = F.interpolate(
-            distance.unflatten(-1, (grid, grid)), size=(size, size), mode="bilinear", align_corners=True
-        )
+        maps = F.interpolate(distance.unflatten(-1, (grid, grid)), size=(size, size), mode="bilinear", align_corners=True)
         return maps.mean(dim=1)

@@ -127,13 +127,9 @@ def _number(kind: type, low: float, high: float = math.inf):
 
 def base_parser(doc: str, save_name: str) -> argparse.ArgumentParser:
     """The flags that every training script shares; `doc` is the script's docstring."""
-    parser = argparse.ArgumentParser(
-        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--config", metavar="FILE.yaml", help="defaults by flag name; the command line wins")
-    parser.add_argument(
-        "--phase", choices=["train", "test"], default="train", help="test: evaluate model.pth, train nothing"
-    )
+    parser.add_argument("--phase", choices=["train", "test"], default="train", help="test: evaluate model.pth, train nothing")
 
     data = parser.add_argument_group("data")
     add_data_arguments(data)
@@ -150,9 +146,7 @@ def base_parser(doc: str, save_name: str) -> argparse.ArgumentParser:
         "--encoder", choices=list(ENCODERS), default="dinov2reg_vit_base_14", metavar="NAME", help=" ".join(ENCODERS)
     )
     model.add_argument("--encoder_weights", metavar="FILE", help=".safetensors or .pth instead of a download")
-    model.add_argument(
-        "--pos_embed", choices=["paper", "timm"], default="paper", help="resampling of the position grid"
-    )
+    model.add_argument("--pos_embed", choices=["paper", "timm"], default="paper", help="resampling of the position grid")
     model.add_argument("--INP_num", type=_number(int, 1), default=6, help="intrinsic normal prototypes per image")
 
     binary = parser.add_argument_group("binarization")
@@ -176,9 +170,7 @@ def base_parser(doc: str, save_name: str) -> argparse.ArgumentParser:
     binary.add_argument(
         "--weight_gradient", choices=["clip", "triangle"], default="clip", help="gradient of the sign of weights"
     )
-    binary.add_argument(
-        "--activation_gradient", choices=["clip", "triangle"], default="triangle", help="and of activations"
-    )
+    binary.add_argument("--activation_gradient", choices=["clip", "triangle"], default="triangle", help="and of activations")
     binary.add_argument(
         "--distill",
         type=_number(float, 0),
@@ -203,20 +195,14 @@ def base_parser(doc: str, save_name: str) -> argparse.ArgumentParser:
     training.add_argument("--total_iters", type=_number(int, 1), help="iterations instead of epochs")
     training.add_argument("--batch_size", type=_number(int, 1), default=16)
     training.add_argument("--learning_rate", type=_number(float, 0), default=1e-3, help="after the warm-up")
-    training.add_argument(
-        "--final_learning_rate", type=_number(float, 0), default=1e-4, help="at the end of the cosine"
-    )
-    training.add_argument(
-        "--warmup_iters", type=_number(int, 0), help=f"default {DEFAULT_WARMUP}, at most a fifth of the run"
-    )
+    training.add_argument("--final_learning_rate", type=_number(float, 0), default=1e-4, help="at the end of the cosine")
+    training.add_argument("--warmup_iters", type=_number(int, 0), help=f"default {DEFAULT_WARMUP}, at most a fifth of the run")
     training.add_argument("--weight_decay", type=_number(float, 0), default=1e-4)
     training.add_argument("--gradient_clip", type=_number(float, 0), default=0.1, help="largest global gradient norm")
     training.add_argument("--seed", type=int, default=1)
     training.add_argument("--device", default="auto", metavar="auto|cpu|cuda[:i]")
     training.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
-    training.add_argument(
-        "--num_workers", type=_number(int, 0), default=default_worker_count(), help="loader processes"
-    )
+    training.add_argument("--num_workers", type=_number(int, 0), default=default_worker_count(), help="loader processes")
     training.add_argument(
         "--cache_features", choices=["auto", "off", "ram", "disk"], default="auto", help="encode every image only once"
     )
@@ -228,9 +214,7 @@ def base_parser(doc: str, save_name: str) -> argparse.ArgumentParser:
         default=0.5,
         help="mask > this is defect (INP-Former 0.5, Dinomaly 0)",
     )
-    evaluation.add_argument(
-        "--smoothing_kernel", type=_number(int, 0), default=5, help="odd side in pixels, 0 for none"
-    )
+    evaluation.add_argument("--smoothing_kernel", type=_number(int, 0), default=5, help="odd side in pixels, 0 for none")
     evaluation.add_argument("--smoothing_sigma", type=_number(float, 1e-3), default=4.0)
     evaluation.add_argument(
         "--max_ratio",
@@ -247,9 +231,7 @@ def base_parser(doc: str, save_name: str) -> argparse.ArgumentParser:
     output.add_argument("--save_name", help=f"default {save_name}, with -FP for stage 0 and -CLB2 for stage 2")
     output.add_argument("--resume", action="store_true", help="skip finished categories, go on from last.pth")
     output.add_argument("--overwrite", action="store_true", help="delete what an earlier run left in this run folder")
-    output.add_argument(
-        "--save_every", type=_number(int, 1), default=500, metavar="ITERATIONS", help="between two last.pth"
-    )
+    output.add_argument("--save_every", type=_number(int, 1), default=500, metavar="ITERATIONS", help="between two last.pth")
     output.add_argument("--quiet", action="store_true", help="warnings only")
     output.add_argument("--debug", action="store_true", help="show tracebacks")
     parser.set_defaults(default_save_name=save_name)
@@ -259,9 +241,7 @@ def base_parser(doc: str, save_name: str) -> argparse.ArgumentParser:
 def add_data_arguments(group) -> None:
     """The flags that say which images; also used by the tools that only look at data."""
     group.add_argument("--dataset", choices=list(LAYOUTS), default="MVTec-AD")
-    group.add_argument(
-        "--data_path", metavar="FOLDER", help="root of the data set (ELPV: default is the installed package)"
-    )
+    group.add_argument("--data_path", metavar="FOLDER", help="root of the data set (ELPV: default is the installed package)")
     group.add_argument("--item", nargs="+", metavar="CATEGORY", help="default: all categories of the data set")
     group.add_argument("--max_pixels", type=_number(int, 1), default=DEFAULT_MAX_PIXELS, help="refuse larger images")
     group.add_argument("--allow_missing_masks", action="store_true", help="pixel metrics on the images that have masks")
@@ -287,9 +267,7 @@ def _config_tokens(parser: argparse.ArgumentParser, path: Path) -> list[str]:
     if not isinstance(content, dict) or not content:
         raise UserError(f"--config {str(path)!r} is empty or no list of `flag: value` lines")
     flags = {
-        action.dest: action
-        for action in parser._actions
-        if action.option_strings and action.dest not in ("help", "config")
+        action.dest: action for action in parser._actions if action.option_strings and action.dest not in ("help", "config")
     }
     tokens = []
     for key, value in content.items():
@@ -315,9 +293,7 @@ def _config_tokens(parser: argparse.ArgumentParser, path: Path) -> list[str]:
 def settings_of(arguments: argparse.Namespace) -> Settings:
     """Check flags against each other and sort them into dataclasses; raises UserError for a combination that cannot work."""
     config = {
-        key: value
-        for key, value in vars(arguments).items()
-        if key not in ("config", "default_save_name", "quiet", "debug")
+        key: value for key, value in vars(arguments).items() if key not in ("config", "default_save_name", "quiet", "debug")
     }
     config["save_name"] = check_plain_name(
         arguments.save_name or arguments.default_save_name + STAGE_SUFFIXES[arguments.clb_stage], "--save_name"
@@ -401,15 +377,11 @@ def _check_combinations(arguments: argparse.Namespace) -> None:
     if arguments.force_gate is not None and training:
         raise UserError("--force_gate is for --phase test")
     if stage == 0 and arguments.load_checkpoint and training:
-        raise UserError(
-            "--clb_stage 0 trains the float network from scratch and takes no --load_checkpoint; leave it out"
-        )
+        raise UserError("--clb_stage 0 trains the float network from scratch and takes no --load_checkpoint; leave it out")
     if stage == 2 and not arguments.load_checkpoint and training:
         raise UserError(
             "--clb_stage 2 starts from a stage-1 model: give --load_checkpoint NAME (its save_name, by default "
             f"{arguments.default_save_name}) or a model.pth"
         )
     if arguments.distill and training and not (arguments.distill_teacher or (stage == 1 and arguments.load_checkpoint)):
-        raise UserError(
-            "--distill needs a float model: give --distill_teacher NAME (its save_name) or a model.pth of stage 0"
-        )
+        raise UserError("--distill needs a float model: give --distill_teacher NAME (its save_name) or a model.pth of stage 0")

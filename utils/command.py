@@ -11,9 +11,7 @@ from utils.arguments import parse
 from utils.logs import log_to_terminal
 
 
-def run_command(
-    parser: argparse.ArgumentParser, argv: Sequence[str] | None, work: Callable[[argparse.Namespace], int]
-) -> int:
+def run_command(parser: argparse.ArgumentParser, argv: Sequence[str] | None, work: Callable[[argparse.Namespace], int]) -> int:
     """Parse the command line, do the work, and return its exit code (see `common.errors`)."""
     arguments = None
     signal.signal(signal.SIGTERM, _raise_interrupted)

@@ -82,17 +82,13 @@ def restore_detector(content: dict, path: Path, encoder: FrozenEncoder, build: B
     """The detector of a checkpoint, at its own stage."""
     config = content["config"]
     detector = build(encoder, config["INP_num"])
-    options = BinarizationOptions(
-        *(config[key] for key in ("act_bits", "sab", "weight_gradient", "activation_gradient"))
-    )
+    options = BinarizationOptions(*(config[key] for key in ("act_bits", "sab", "weight_gradient", "activation_gradient")))
     binarize(detector, content["stage"], options)
     state = {name.removeprefix("module.").removeprefix("_orig_mod."): value for name, value in content["model"].items()}
     try:
         detector.load_trained_state(state)
     except RuntimeError as error:
-        raise UserError(
-            f"wrong model: the tensors in {str(path)!r} do not fit; {' '.join(str(error).split())}"
-        ) from error
+        raise UserError(f"wrong model: the tensors in {str(path)!r} do not fit; {' '.join(str(error).split())}") from error
     return detector
 
 
@@ -112,9 +108,7 @@ def start_detector(settings: Settings, expected: dict, encoder: FrozenEncoder, b
     return detector
 
 
-def _set_teacher(
-    detector: Detector, settings: Settings, expected: dict, encoder: FrozenEncoder, build: BuildNetwork
-) -> None:
+def _set_teacher(detector: Detector, settings: Settings, expected: dict, encoder: FrozenEncoder, build: BuildNetwork) -> None:
     path = checkpoint_path(settings, _teacher_reference(settings.model), expected["item"])
     content = open_checkpoint(path, expected, (0,), "--distill")
     detector.distil_from(

@@ -79,9 +79,7 @@ def gaussian_kernel(size: int, sigma: float) -> Tensor:
 
 def smoothed_map(anomaly_map: Tensor, options: EvaluationOptions) -> Tensor:
     """(B, H, W) -> (B, 256, 256): bilinear, then Gaussian with zero padding (which darkens the border, as published)."""
-    resized = F.interpolate(
-        anomaly_map.unsqueeze(1), size=(METRIC_SIZE, METRIC_SIZE), mode="bilinear", align_corners=False
-    )
+    resized = F.interpolate(anomaly_map.unsqueeze(1), size=(METRIC_SIZE, METRIC_SIZE), mode="bilinear", align_corners=False)
     if options.smoothing_kernel:
         kernel = gaussian_kernel(options.smoothing_kernel, options.smoothing_sigma).to(resized)
         resized = F.conv2d(resized, kernel, padding=options.smoothing_kernel // 2)
@@ -111,6 +109,9 @@ def evaluate(
 ) -> Evaluation:
     """Score all images of a data set; raises NumericError naming the image whose map is not finite."""
     detector.eval()
+    if len(data) == 0:
+        nothing = np.empty((0, METRIC_SIZE, METRIC_SIZE), np.float32)
+        return Evaluation([], np.empty(0, int), np.empty(0), nothing, nothing.astype(bool), np.empty(0, bool))
     loader = DataLoader(data, batch_size=batch_size, num_workers=num_workers, worker_init_fn=ignore_signals)
     paths, labels, scores, maps, masks, truth, gates = [], [], [], [], [], [], []
     for batch in tqdm(loader, desc=f"evaluating {item}", unit="batch", disable=None):

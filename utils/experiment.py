@@ -2,12 +2,13 @@
 
 import logging
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Subset, default_collate
 
-from binarize.cost import Cost, cost_table, format_cost
+from binarize.cost import Cost, cost_table
 from binarize.stages import calibrate, force_gates
 from common.errors import UserError
 from datasets.catalog import LAYOUTS, choose_items, data_root
@@ -34,6 +35,7 @@ from utils.metrics import named
 from utils.pictures import write_contact_sheet
 from utils.report import format_metric, format_results, write_cost, write_run_report
 from utils.run_folder import MetricsLog, RunFolder, write_bad_images, write_scores
+from utils.tables import format_cost
 from utils.training import ShuffledBatches, fit
 
 logger = logging.getLogger(__name__)
@@ -43,12 +45,13 @@ _CALIBRATION_IMAGES = 256
 
 @dataclass(frozen=True)
 class CategoryData:
-    """Records of one category; bad ones already left out."""
+    """Records of one category; bad ones are already left out, images shared by training and test are only listed."""
 
     item: str
     train: list[Record]
     test: list[Record]
     bad: list[tuple[Record, str]]
+    shared: list[tuple[Path, Path]]
 
 
 def run_per_category(settings: Settings, host: str, build: BuildNetwork) -> int:
@@ -74,7 +77,10 @@ def run_per_category(settings: Settings, host: str, build: BuildNetwork) -> int:
     if settings.phase == "test":
         return _test_categories(settings, run, categories, encoder, host, build, device)
     with run.lock():
-        run.claim(settings.config, IDENTITY_KEYS, settings.overwrite)
+        run.claim(settings.config, (*IDENTITY_KEYS, *PROTOCOL_KEYS), settings.overwrite)
+        _check_untouched(settings, run, categories, encoder)
+        run.write_yaml("config.yaml", settings.config)
+        run.write_environment(encoder.source, encoder.weights_sha256, settings.training.seed)
         with log_to_file(run.path / "log.txt"):
             _train_categories(settings, run, categories, encoder, host, build, device)
     return 0
@@ -91,9 +97,7 @@ def list_data(settings: Settings) -> list[CategoryData]:
         skipped = {record for record, _ in bad}
         train, test = ([record for record in part if record not in skipped] for part in (train, test))
         check_mask_sizes(test, options.max_pixels)
-        for trained, tested in shared_images(train, test):
-            logger.warning("%s: the same image is in train and test: %r and %r", item, str(trained), str(tested))
-        categories.append(CategoryData(item, train, test, bad))
+        categories.append(CategoryData(item, train, test, bad, shared_images(train, test)))
     return categories
 
 
@@ -106,12 +110,10 @@ def _train_categories(
     build: BuildNetwork,
     device: torch.device,
 ) -> None:
-    run.write_environment(encoder.source, encoder.weights_sha256, settings.training.seed)
     logger.info("run folder: %s", run.path)
     logger.info("encoder: %s from %s (sha256 %s)", encoder.name, encoder.source, encoder.weights_sha256[:16])
     logger.info("evaluation: %s", settings.evaluation.describe())
     order = LAYOUTS[settings.data.dataset].categories(data_root(settings.data.dataset, settings.data.path))
-    _check_unfinished(settings, run, categories)
     for category in categories:
         item = category.item
         expected = description(settings, item, encoder, host)
@@ -137,9 +139,7 @@ def _train_categories(
             {"model": detector.trained_state(), **expected, "calibration": calibration},
         )
         evaluation = _evaluate(settings, detector, test_data, item)
-        log.append(
-            "evaluation", mean_gate=evaluation.mean_gate, **named(evaluation.metrics(settings.evaluation.pro_mode))
-        )
+        log.append("evaluation", mean_gate=evaluation.mean_gate, **named(evaluation.metrics(settings.evaluation.pro_mode)))
         _report_category(settings, run, item, evaluation, calibration, order)
         (run.item_folder(item) / "last.pth").unlink(missing_ok=True)  # finished: model.pth and its row are on disk
     write_run_report(run.path)
@@ -184,16 +184,22 @@ def _test_categories(
     return 0
 
 
-def _check_unfinished(settings: Settings, run: RunFolder, categories: list[CategoryData]) -> None:
-    """Without --resume or --overwrite nothing that an earlier run trained is touched."""
-    if settings.resume or settings.overwrite:
+def _check_untouched(settings: Settings, run: RunFolder, categories: list[CategoryData], encoder: FrozenEncoder) -> None:
+    """Without --overwrite nothing that an earlier run trained is touched or mixed with models of other encoder weights."""
+    if settings.overwrite:
         return
+    earlier = run.environment().get("encoder_sha256", encoder.weights_sha256)
+    if earlier != encoder.weights_sha256:
+        raise UserError(
+            f"{str(run.path)!r} was trained with other weights of {encoder.name} (sha256 {earlier[:16]} there, "
+            f"{encoder.weights_sha256[:16]} here); choose another --save_name, or give --overwrite"
+        )
     trained = [
         category.item
         for category in categories
         if any((run.item_folder(category.item) / name).exists() for name in ("model.pth", "last.pth"))
     ]
-    if trained:
+    if trained and not settings.resume:
         raise UserError(
             f"{str(run.path)!r} already holds training of {' '.join(trained)}; give --resume to go on (finished categories "
             "are skipped) or --overwrite to train them anew"
@@ -209,15 +215,15 @@ def _log_data(run: RunFolder, category: CategoryData) -> None:
         len(category.test) - defective,
         defective,
     )
-    if not category.test or defective in (0, len(category.test)):
-        logger.warning(
-            "%s: the test images are all of one class; image metrics do not exist (empty cells)", category.item
-        )
+    for trained, tested in category.shared:
+        logger.warning("%s: the same image is in train and test: %r and %r", category.item, str(trained), str(tested))
+    if not category.test:
+        logger.warning("%s: no test images; the model is trained, but nothing says how good it is", category.item)
+    elif defective in (0, len(category.test)):
+        logger.warning("%s: the test images are all of one class; image metrics do not exist (empty cells)", category.item)
     without_masks = sum(not record.has_pixel_truth for record in category.test)
     if without_masks:
-        logger.warning(
-            "%s: %d defective images have no mask and count for image metrics only", category.item, without_masks
-        )
+        logger.warning("%s: %d defective images have no mask and count for image metrics only", category.item, without_masks)
     if category.bad:
         logger.warning("%s: %d undecodable images skipped, see bad_images.csv", category.item, len(category.bad))
         write_bad_images(run.item_folder(category.item) / "bad_images.csv", category.bad)
@@ -258,9 +264,7 @@ def _prepared(settings: Settings, records: list[Record], detector: Detector, nam
     )
 
 
-def _fit(
-    settings: Settings, run: RunFolder, detector: Detector, data: Dataset, expected: dict, log: MetricsLog
-) -> None:
+def _fit(settings: Settings, run: RunFolder, detector: Detector, data: Dataset, expected: dict, log: MetricsLog) -> None:
     item = expected["item"]
     options = settings.training_for(item, len(data))
     logger.info(
@@ -282,9 +286,7 @@ def _fit(
 
 def _evaluate(settings: Settings, detector: Detector, data: Dataset, name: str) -> Evaluation:
     training = settings.training
-    return evaluate(
-        detector, data, settings.evaluation, training.batch_size, training.num_workers, training.precision, name
-    )
+    return evaluate(detector, data, settings.evaluation, training.batch_size, training.num_workers, training.precision, name)
 
 
 def _calibrated_scale(settings: Settings, detector: Detector, data: Dataset, item: str) -> dict[str, float]:
@@ -300,7 +302,8 @@ def _report_category(
     rows = zip(evaluation.paths, evaluation.labels.tolist(), evaluation.scores.tolist(), strict=True)
     folder = output.item_folder(item)
     write_scores(folder / "scores.csv", ((path, item, label, score) for path, label, score in rows))
-    write_contact_sheet(folder / "maps" / "contact_sheet.jpg", evaluation, calibration, settings.data)
+    if evaluation.paths:
+        write_contact_sheet(folder / "maps" / "contact_sheet.jpg", evaluation, calibration, settings.data)
     metrics = named(evaluation.metrics(settings.evaluation.pro_mode))
     output.add_row(item, metrics, order)
     logger.info("%s: %s", item, ", ".join(f"{name} {format_metric(value)}" for name, value in metrics.items()))

@@ -72,7 +72,7 @@ def cache_features(
         identity: what besides the files determines the features: weights' hash, taps, transform, precision.
         mode: off, ram, disk, or auto (disk if it takes at most half of the free space, else RAM likewise, else off).
     """
-    if mode == "off":
+    if mode == "off" or not len(images):
         return images
     path = folder / f"{_key(images, identity)}.npy"
     if mode != "ram" and path.is_file():
@@ -131,9 +131,7 @@ def _choose_place(mode: str, size: int, folder: Path) -> str:
 def _fill(
     features: np.ndarray, images: ImageDataset, encode: Callable, batch_size: int, num_workers: int, description: str
 ) -> None:
-    loader = DataLoader(
-        _ImagesAlone(images), batch_size=batch_size, num_workers=num_workers, worker_init_fn=ignore_signals
-    )
+    loader = DataLoader(_ImagesAlone(images), batch_size=batch_size, num_workers=num_workers, worker_init_fn=ignore_signals)
     done = 0
     with tqdm(total=len(images), desc=f"encoding {description}", unit="image", disable=None) as bar:
         for batch in loader:

@@ -141,10 +141,8 @@ def pixel_metrics(maps: np.ndarray, masks: np.ndarray, pro_mode: ProMode = "exac
     order = np.argsort(positives, kind="stable")
     positives, weights = positives[order], region_weights(masks)[order]
     ranks = _rank(positives, negatives)
-    if pro_mode == "dinomaly":
-        aupro = _dinomaly_aupro(positives, weights, negatives)
-    else:
-        aupro = _exact_aupro(ranks, weights)
+    exact = pro_mode == "exact"
+    aupro = _exact_aupro(ranks, weights) if exact else _dinomaly_aupro(positives, weights, negatives)
     return _auroc(ranks), *_average_precision_and_f1(ranks), aupro
 
 

@@ -9,17 +9,23 @@ from pathlib import Path
 
 import yaml
 
-from binarize.cost import Cost, format_cost, format_rows
+from binarize.cost import Cost
 from utils.checkpoint import write_text
 from utils.metrics import METRIC_NAMES, mean_metrics
 from utils.run_folder import Row, read_metrics, read_results
+from utils.tables import format_cost, format_rows
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 1500px; padding: 0 1rem; color: #222 }
-table { border-collapse: collapse; margin: 1rem 0 } td, th { padding: .25rem .8rem; text-align: right; border-bottom: 1px solid #ddd }
+table { border-collapse: collapse; margin: 1rem 0 }
+td, th { padding: .25rem .8rem; text-align: right; border-bottom: 1px solid #ddd }
 td:first-child, th:first-child { text-align: left } pre { background: #f6f6f6; padding: 1rem; overflow-x: auto }
 img { max-width: 100% } svg { background: #fafafa; margin-right: 1rem } .note { color: #666 }
 """
+_SHEET_NOTE = (
+    "Heat maps share one scale, fixed by training images. Outline: red where the map exceeds half of that scale, green the "
+    "ground truth; a grey mask is unknown."
+)
 _PLOT_WIDTH, _PLOT_HEIGHT, _PLOT_LEFT, _PLOT_BOTTOM = 460, 220, 52, 28
 _HISTOGRAM_BINS = 40
 _GOOD_COLOUR, _DEFECTIVE_COLOUR, _LINE_COLOUR = "#4878a8", "#d1495b", "#333"
@@ -78,8 +84,8 @@ def write_comparison(path: Path, folders: list[Path], summary: str) -> None:
 
 def _page(sections: list[str]) -> str:
     return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>BinaryAD report</title><style>{_STYLE}</style></head>'
-        f"<body>{''.join(sections)}</body></html>\n"
+        '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>BinaryAD report</title>'
+        f"<style>{_STYLE}</style></head><body>{''.join(sections)}</body></html>\n"
     )
 
 
@@ -107,10 +113,7 @@ def _run_section(folder: Path, training_folder: Path) -> str:
         sheet = folder / item / "maps" / "contact_sheet.jpg"
         if sheet.is_file():
             data = base64.b64encode(sheet.read_bytes()).decode()
-            parts.append(
-                '<p class="note">Heat maps share one scale, fixed by training images. Outline: red where the map exceeds half of '
-                f'that scale, green the ground truth.</p><img alt="contact sheet of {html.escape(item)}" src="data:image/jpeg;base64,{data}">'
-            )
+            parts.append(f'<p class="note">{_SHEET_NOTE}</p><img alt="contact sheet" src="data:image/jpeg;base64,{data}">')
     return "".join(parts)
 
 
@@ -161,6 +164,8 @@ def _score_histogram(path: Path) -> str:
         return ""
     with path.open(newline="", encoding="utf-8") as file:
         scores = [(int(row["label"]), float(row["score"])) for row in csv.DictReader(file)]
+    if not scores:
+        return ""
     low, high = min(score for _, score in scores), max(score for _, score in scores)
     counts = {0: [0] * _HISTOGRAM_BINS, 1: [0] * _HISTOGRAM_BINS}
     for label, score in scores:

@@ -29,9 +29,7 @@ logger = logging.getLogger(__name__)
 Row = dict[str, float | None]
 
 
-def run_folder_name(
-    save_name: str, dataset: str, encoder: str, input_size: int, crop_size: int, prototype_count: int
-) -> str:
+def run_folder_name(save_name: str, dataset: str, encoder: str, input_size: int, crop_size: int, prototype_count: int) -> str:
     """`<save_name>_dataset=..._Encoder=..._Resize=..._Crop=..._INP_num=...`, the papers' naming."""
     return f"{save_name}_dataset={dataset}_Encoder={encoder}_Resize={input_size}_Crop={crop_size}_INP_num={prototype_count}"
 
@@ -71,7 +69,7 @@ class RunFolder:
         return stored
 
     def claim(self, config: dict, identity_keys: Iterable[str], overwrite: bool) -> None:
-        """Make the folder this configuration's own.
+        """Check that this configuration may write here; with `overwrite` delete a run of another one.
 
         Raises:
             UserError: it holds a run with another value of an identity key, and `overwrite` is not given or the other
@@ -80,9 +78,7 @@ class RunFolder:
         """
         stored = self.stored_config()
         if stored is None and self.path.is_dir() and any(child.name != "run.lock" for child in self.path.iterdir()):
-            raise UserError(
-                f"{str(self.path)!r} exists and is no run folder (no config.yaml); choose another --save_name"
-            )
+            raise UserError(f"{str(self.path)!r} exists and is no run folder (no config.yaml); choose another --save_name")
         if stored is not None:
             differences = [
                 f"{key} {stored.get(key)!r} there, {config[key]!r} here"
@@ -101,7 +97,6 @@ class RunFolder:
                 )
             if differences:
                 self._clear()
-        self.write_yaml("config.yaml", config)
 
     def _clear(self) -> None:
         for child in self.path.iterdir():
@@ -170,6 +165,11 @@ class RunFolder:
             "encoder_sha256": encoder_sha256,
         }
         write_text(self.path / "env.json", json.dumps(content, indent=2) + "\n")
+
+    def environment(self) -> dict:
+        """Content of `env.json`, empty for a new folder."""
+        path = self.path / "env.json"
+        return json.loads(path.read_text()) if path.is_file() else {}
 
     def rows(self) -> dict[str, Row]:
         """Rows of `results.csv` by category, without the mean."""
@@ -277,9 +277,7 @@ class MetricsLog:
     def truncate(self, iteration: int) -> None:
         """Drop this category's lines after an iteration: they will be written again."""
         lines = read_metrics(self.path)
-        kept = [
-            line for line in lines if line["item"] != self.item or line.get("iteration", iteration + 1) <= iteration
-        ]
+        kept = [line for line in lines if line["item"] != self.item or line.get("iteration", iteration + 1) <= iteration]
         if len(kept) < len(lines):
             write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
 
@@ -319,9 +317,7 @@ def _commit() -> str | None:
     folder = Path(__file__).resolve().parent.parent
 
     def git(*arguments: str) -> str:
-        return subprocess.run(
-            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True
-        ).stdout.strip()
+        return subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True).stdout.strip()
 
     try:
         return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")

@@ -132,14 +132,11 @@ def fit(
     device, began = detector.device, time.perf_counter()
     with StopRequest() as stop, tqdm(total=options.total_iterations, initial=start, unit="it", disable=None) as bar:
         for iteration, batch in enumerate(loader, start):
-            rate = learning_rate(
-                iteration, options.total_iterations, options.warmup, options.peak_rate, options.final_rate
-            )
+            rate = learning_rate(iteration, options.total_iterations, options.warmup, options.peak_rate, options.final_rate)
             for group in optimizer.param_groups:
                 group["lr"] = rate
             optimizer.zero_grad(set_to_none=True)
-            loss, parts = _loss(detector, batch["image"].to(device), options)
-            loss.backward()
+            loss, parts = _backward(detector, batch["image"].to(device), options)
             norm = torch.nn.utils.clip_grad_norm_(list(detector.trainable_parameters()), options.gradient_clip)
             value = loss.item()
             if not math.isfinite(value) or not math.isfinite(norm.item()):
@@ -161,10 +158,13 @@ def fit(
         raise Interrupted(stop.signal_number)
 
 
-def _loss(detector: Detector, inputs: Tensor, options: TrainingOptions) -> tuple[Tensor, dict[str, Tensor]]:
+def _backward(detector: Detector, inputs: Tensor, options: TrainingOptions) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss of a batch and its parts, with the gradients computed."""
     try:
         with autocast(inputs.device, options.precision):
-            return detector.training_loss(inputs)
+            loss, parts = detector.training_loss(inputs)
+        loss.backward()
+        return loss, parts
     except torch.OutOfMemoryError as error:
         raise ResourceError(
             f"out of device memory with --batch_size {options.batch_size}; lower it (results change with it), "

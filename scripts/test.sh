@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# Everything that must pass: builds .venv, then ruff and pytest. Further words go to pytest.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source scripts/environment.sh
+prepare_environment requirements-dev.txt
+.venv/bin/ruff check .
+.venv/bin/ruff format --check .
+.venv/bin/python -m pytest "$@"
