@@ -14,13 +14,15 @@ from collections.abc import Sequence
 from models.build import build_inp_former
 from utils.arguments import base_parser, settings_of
 from utils.command import run_command
+from utils.detectors import Host
 from utils.experiment import run_per_category
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     parser = base_parser(__doc__, save_name="INP-Former-Single-Class")
-    return run_command(parser, argv, lambda arguments: run_per_category(settings_of(arguments), "INP-Former", build_inp_former))
+    host = Host("INP-Former", build_inp_former)
+    return run_command(parser, argv, lambda arguments: run_per_category(settings_of(arguments), host))
 
 
 if __name__ == "__main__":

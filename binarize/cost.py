@@ -82,7 +82,8 @@ def _count_macs(detector: Detector, crop_size: int) -> dict[str, int]:
     Runs on shapes alone, without data. The encoder counts as one module.
     """
     map_pass = _MapPass(detector)
-    shapes = {name: torch.empty_like(value, device="meta") for name, value in map_pass.state_dict().items()}
+    tensors = [*map_pass.named_parameters(), *map_pass.named_buffers()]
+    shapes = {name: torch.empty_like(value, device="meta") for name, value in tensors}
     image = torch.empty(1, 3, crop_size, crop_size, device="meta")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         torch.func.functional_call(map_pass, shapes, (image,))

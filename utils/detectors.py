@@ -2,7 +2,10 @@
 
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+
+import torch
 
 from binarize.linear import BinarizationOptions
 from binarize.stages import binarize
@@ -14,7 +17,14 @@ from utils.checkpoint import load_checkpoint
 
 logger = logging.getLogger(__name__)
 
-BuildNetwork = Callable[[FrozenEncoder, int], Detector]
+
+@dataclass(frozen=True)
+class Host:
+    """A host network: the name its checkpoints carry, and (encoder, prototype count) -> fresh float detector."""
+
+    name: str
+    build: Callable[[FrozenEncoder, int], Detector]
+
 
 # What a checkpoint and the command that reads it must agree on; the last four only once a stage is binary.
 _SHARED_KEYS = (
@@ -78,10 +88,10 @@ def open_checkpoint(path: Path, expected: dict, stages: tuple[int, ...], purpose
     return content
 
 
-def restore_detector(content: dict, path: Path, encoder: FrozenEncoder, build: BuildNetwork) -> Detector:
+def restore_detector(content: dict, path: Path, encoder: FrozenEncoder, host: Host) -> Detector:
     """The detector of a checkpoint, at its own stage."""
     config = content["config"]
-    detector = build(encoder, config["INP_num"])
+    detector = host.build(encoder, config["INP_num"])
     options = BinarizationOptions(*(config[key] for key in ("act_bits", "sab", "weight_gradient", "activation_gradient")))
     binarize(detector, content["stage"], options)
     state = {name.removeprefix("module.").removeprefix("_orig_mod."): value for name, value in content["model"].items()}
@@ -92,28 +102,27 @@ def restore_detector(content: dict, path: Path, encoder: FrozenEncoder, build: B
     return detector
 
 
-def start_detector(settings: Settings, expected: dict, encoder: FrozenEncoder, build: BuildNetwork) -> Detector:
+def start_detector(settings: Settings, expected: dict, encoder: FrozenEncoder, host: Host, device: torch.device) -> Detector:
     """A detector ready to be trained at the wanted stage: fresh, or from the stage before; with its teacher, if any."""
     options, item = settings.model, expected["item"]
     if options.load_checkpoint is None:
-        detector = build(encoder, options.prototype_count)
+        detector = host.build(encoder, options.prototype_count)
     else:
         path = checkpoint_path(settings, options.load_checkpoint, item)
         content = open_checkpoint(path, expected, (options.stage - 1,), f"--clb_stage {options.stage}")
-        detector = restore_detector(content, path, encoder, build)
+        detector = restore_detector(content, path, encoder, host)
         logger.info("%s: starts from %s (stage %d)", item, path, content["stage"])
     binarize(detector, options.stage, options.binarization)
+    detector.to(device)
     if options.distillation_weight:
-        _set_teacher(detector, settings, expected, encoder, build)
+        _set_teacher(detector, settings, expected, encoder, host)
     return detector
 
 
-def _set_teacher(detector: Detector, settings: Settings, expected: dict, encoder: FrozenEncoder, build: BuildNetwork) -> None:
+def _set_teacher(detector: Detector, settings: Settings, expected: dict, encoder: FrozenEncoder, host: Host) -> None:
     path = checkpoint_path(settings, _teacher_reference(settings.model), expected["item"])
     content = open_checkpoint(path, expected, (0,), "--distill")
-    detector.distil_from(
-        restore_detector(content, path, encoder, build).to(detector.device), settings.model.distillation_weight
-    )
+    detector.distil_from(restore_detector(content, path, encoder, host).to(detector.device), settings.model.distillation_weight)
     logger.info("%s: distils from %s", expected["item"], path)
 
 

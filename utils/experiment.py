@@ -20,7 +20,7 @@ from models.encoder import FrozenEncoder
 from utils.arguments import IDENTITY_KEYS, PROTOCOL_KEYS, Settings
 from utils.checkpoint import save_checkpoint
 from utils.detectors import (
-    BuildNetwork,
+    Host,
     description,
     open_checkpoint,
     referenced_checkpoints,
@@ -54,35 +54,36 @@ class CategoryData:
     shared: list[tuple[Path, Path]]
 
 
-def run_per_category(settings: Settings, host: str, build: BuildNetwork) -> int:
-    """One model per category: train (unless `--phase test`), evaluate, report; returns the exit code.
+@dataclass(frozen=True)
+class Experiment:
+    """What all categories of one command share."""
 
-    Args:
-        host: name of the host network, stored in checkpoints.
-        build: (encoder, prototype count) -> fresh float detector.
-    """
+    settings: Settings
+    host: Host
+    run: RunFolder
+    encoder: FrozenEncoder
+    device: torch.device
+
+    def description(self, item: str) -> dict:
+        """What a checkpoint of this command says about its model."""
+        return description(self.settings, item, self.encoder, self.host.name)
+
+
+def run_per_category(settings: Settings, host: Host) -> int:
+    """One model per category: train (unless `--phase test`), evaluate, report; returns the exit code."""
     device = choose_device(settings.device)
     categories = list_data(settings)
-    run = RunFolder(settings.run_path)
     if settings.phase == "train":
         for category in categories:
             settings.training_for(category.item, len(category.train))
             referenced_checkpoints(settings, category.item)
-    encoder = build_encoder(
-        settings.model.encoder,
-        settings.data.crop_size,
-        settings.model.encoder_weights,
-        settings.model.position_embedding,
-    )
-    if settings.phase == "test":
-        return _test_categories(settings, run, categories, encoder, host, build, device)
-    with run.lock():
-        run.claim(settings.config, (*IDENTITY_KEYS, *PROTOCOL_KEYS), settings.overwrite)
-        _check_untouched(settings, run, categories, encoder)
-        run.write_yaml("config.yaml", settings.config)
-        run.write_environment(encoder.source, encoder.weights_sha256, settings.training.seed)
-        with log_to_file(run.path / "log.txt"):
-            _train_categories(settings, run, categories, encoder, host, build, device)
+    model = settings.model
+    encoder = build_encoder(model.encoder, settings.data.crop_size, model.encoder_weights, model.position_embedding)
+    experiment = Experiment(settings, host, RunFolder(settings.run_path), encoder, device)
+    work = _train if settings.phase == "train" else _test
+    output = work(experiment, categories)
+    logger.info("results of %s\n%s", output.path, format_results(output.rows()))
+    print(f"report: {output.path / 'report.html'}")
     return 0
 
 
@@ -101,62 +102,54 @@ def list_data(settings: Settings) -> list[CategoryData]:
     return categories
 
 
-def _train_categories(
-    settings: Settings,
-    run: RunFolder,
-    categories: list[CategoryData],
-    encoder: FrozenEncoder,
-    host: str,
-    build: BuildNetwork,
-    device: torch.device,
-) -> None:
-    logger.info("run folder: %s", run.path)
-    logger.info("encoder: %s from %s (sha256 %s)", encoder.name, encoder.source, encoder.weights_sha256[:16])
-    logger.info("evaluation: %s", settings.evaluation.describe())
-    order = LAYOUTS[settings.data.dataset].categories(data_root(settings.data.dataset, settings.data.path))
-    for category in categories:
-        item = category.item
-        expected = description(settings, item, encoder, host)
-        if settings.resume and item in run.rows():
-            open_checkpoint(run.item_folder(item) / "model.pth", expected, (settings.model.stage,), "--resume")
-            logger.info("%s: already finished, skipped (--resume)", item)
-            continue
-        if not settings.resume:
-            run.forget_item(item)
-        _log_data(run, category)
-        seed_everything(settings.training.seed)
-        detector = start_detector(settings, expected, encoder, build).to(device)
-        write_cost(run.path / "cost.json", log_cost(detector, settings.data.crop_size))
-        train_data, test_data = (
-            _prepared(settings, records, detector, f"{item} {part}")
-            for part, records in (("train", category.train), ("test", category.test))
-        )
-        log = MetricsLog(run.path / "metrics.jsonl", item)
-        _fit(settings, run, detector, train_data, expected, log)
-        calibration = _calibrated_scale(settings, detector, train_data, item)
-        save_checkpoint(
-            run.item_folder(item) / "model.pth",
-            {"model": detector.trained_state(), **expected, "calibration": calibration},
-        )
-        evaluation = _evaluate(settings, detector, test_data, item)
-        log.append("evaluation", mean_gate=evaluation.mean_gate, **named(evaluation.metrics(settings.evaluation.pro_mode)))
-        _report_category(settings, run, item, evaluation, calibration, order)
-        (run.item_folder(item) / "last.pth").unlink(missing_ok=True)  # finished: model.pth and its row are on disk
-    write_run_report(run.path)
-    logger.info("results of %s\n%s", run.path, format_results(run.rows()))
-    print(f"report: {run.path / 'report.html'}")
+def _train(experiment: Experiment, categories: list[CategoryData]) -> RunFolder:
+    """Train and evaluate every category that is not finished; returns the folder with the results."""
+    settings, run, encoder = experiment.settings, experiment.run, experiment.encoder
+    with run.lock():
+        run.claim(settings.config, (*IDENTITY_KEYS, *PROTOCOL_KEYS), settings.overwrite)
+        _check_untouched(experiment, categories)
+        run.write_yaml("config.yaml", settings.config)
+        run.write_environment(encoder.source, encoder.weights_sha256, settings.training.seed)
+        with log_to_file(run.path / "log.txt"):
+            logger.info("run folder: %s", run.path)
+            logger.info("encoder: %s from %s (sha256 %s)", encoder.name, encoder.source, encoder.weights_sha256[:16])
+            logger.info("evaluation: %s", settings.evaluation.describe())
+            for category in categories:
+                if settings.resume and category.item in run.rows():
+                    path = run.item_folder(category.item) / "model.pth"
+                    open_checkpoint(path, experiment.description(category.item), (settings.model.stage,), "--resume")
+                    logger.info("%s: already finished, skipped (--resume)", category.item)
+                else:
+                    _train_category(experiment, category)
+        write_run_report(run.path)
+    return run
 
 
-def _test_categories(
-    settings: Settings,
-    run: RunFolder,
-    categories: list[CategoryData],
-    encoder: FrozenEncoder,
-    host: str,
-    build: BuildNetwork,
-    device: torch.device,
-) -> int:
+def _train_category(experiment: Experiment, category: CategoryData) -> None:
+    settings, run, item = experiment.settings, experiment.run, category.item
+    if not settings.resume:
+        run.forget_item(item)
+    _log_data(run, category)
+    seed_everything(settings.training.seed)
+    expected = experiment.description(item)
+    detector = start_detector(settings, expected, experiment.encoder, experiment.host, experiment.device)
+    write_cost(run.path / "cost.json", log_cost(detector, settings.data.crop_size))
+    train_data = _prepared(settings, category.train, detector, f"{item} train")
+    test_data = _prepared(settings, category.test, detector, f"{item} test")
+    log = MetricsLog(run.path / "metrics.jsonl", item)
+    _fit(settings, run, detector, train_data, expected, log)
+    calibration = _calibrated_scale(settings, detector, train_data, item)
+    content = {"model": detector.trained_state(), **expected, "calibration": calibration}
+    save_checkpoint(run.item_folder(item) / "model.pth", content)
+    evaluation = _evaluate(settings, detector, test_data, item)
+    log.append("evaluation", mean_gate=evaluation.mean_gate, **named(evaluation.metrics(settings.evaluation.pro_mode)))
+    _report_category(settings, run, item, evaluation, calibration)
+    (run.item_folder(item) / "last.pth").unlink(missing_ok=True)  # finished: model.pth and its row are on disk
+
+
+def _test(experiment: Experiment, categories: list[CategoryData]) -> RunFolder:
     """Evaluate `model.pth` of every category; another protocol than the training's gets a folder of its own."""
+    settings, run, stage = experiment.settings, experiment.run, experiment.settings.model.stage
     stored = run.stored_config()
     if stored is None:
         raise UserError(
@@ -165,27 +158,24 @@ def _test_categories(
     changed = [f"{key}={settings.config[key]}" for key in PROTOCOL_KEYS if stored.get(key) != settings.config[key]]
     if settings.model.forced_gate is not None:
         changed.append(f"gate={settings.model.forced_gate:g}")
-    output = run.path / "_".join(["test", *changed]) if changed else run.path
-    order = LAYOUTS[settings.data.dataset].categories(data_root(settings.data.dataset, settings.data.path))
+    output = RunFolder(run.path / "_".join(["test", *changed])) if changed else run
     logger.info("evaluation: %s", settings.evaluation.describe())
     with run.lock():
         for category in categories:
             path = run.item_folder(category.item) / "model.pth"
-            expected = description(settings, category.item, encoder, host)
-            content = open_checkpoint(path, expected, (settings.model.stage,), f"--clb_stage {settings.model.stage}")
-            detector = restore_detector(content, path, encoder, build).to(device)
+            content = open_checkpoint(path, experiment.description(category.item), (stage,), f"--clb_stage {stage}")
+            detector = restore_detector(content, path, experiment.encoder, experiment.host).to(experiment.device)
             force_gates(detector, settings.model.forced_gate)
             data = _prepared(settings, category.test, detector, f"{category.item} test")
             evaluation = _evaluate(settings, detector, data, category.item)
-            _report_category(settings, RunFolder(output), category.item, evaluation, content["calibration"], order)
-        write_run_report(output, training_folder=run.path)
-    logger.info("results of %s\n%s", output, format_results(RunFolder(output).rows()))
-    print(f"report: {output / 'report.html'}")
-    return 0
+            _report_category(settings, output, category.item, evaluation, content["calibration"])
+        write_run_report(output.path, training_folder=run.path)
+    return output
 
 
-def _check_untouched(settings: Settings, run: RunFolder, categories: list[CategoryData], encoder: FrozenEncoder) -> None:
+def _check_untouched(experiment: Experiment, categories: list[CategoryData]) -> None:
     """Without --overwrite nothing that an earlier run trained is touched or mixed with models of other encoder weights."""
+    settings, run, encoder = experiment.settings, experiment.run, experiment.encoder
     if settings.overwrite:
         return
     earlier = run.environment().get("encoder_sha256", encoder.weights_sha256)
@@ -295,9 +285,7 @@ def _calibrated_scale(settings: Settings, detector: Detector, data: Dataset, ite
     return calibrate_scale(_evaluate(settings, detector, Subset(data, range(0, len(data), step)), f"{item} train"))
 
 
-def _report_category(
-    settings: Settings, output: RunFolder, item: str, evaluation: Evaluation, calibration: dict, order: list[str]
-) -> None:
+def _report_category(settings: Settings, output: RunFolder, item: str, evaluation: Evaluation, calibration: dict) -> None:
     """Scores and pictures of a category, then its row: what has a row is complete."""
     rows = zip(evaluation.paths, evaluation.labels.tolist(), evaluation.scores.tolist(), strict=True)
     folder = output.item_folder(item)
@@ -305,7 +293,8 @@ def _report_category(
     if evaluation.paths:
         write_contact_sheet(folder / "maps" / "contact_sheet.jpg", evaluation, calibration, settings.data)
     metrics = named(evaluation.metrics(settings.evaluation.pro_mode))
-    output.add_row(item, metrics, order)
+    root = data_root(settings.data.dataset, settings.data.path)
+    output.add_row(item, metrics, LAYOUTS[settings.data.dataset].categories(root))
     logger.info("%s: %s", item, ", ".join(f"{name} {format_metric(value)}" for name, value in metrics.items()))
     if evaluation.mean_gate is not None:
         logger.info("%s: %.1f %% of the attention maps is binary (mean gate of SAB)", item, 100 * evaluation.mean_gate)
