@@ -8,7 +8,8 @@ from models.layers import PrototypeAttention
 
 _THRESHOLD_SHARE = 0.25  # of the row maximum (BiViT, He et al. 2023)
 _SCALE_DRIFT_LIMITS = (0.5, 2.0)
-_GATE_SLOPE, _GATE_MIDDLE = 4.0, 0.5  # initial k and m
+# initial k and m: a row starts mostly binary only if its maximum nears the head's scale (docs/RESULTS.md, gate)
+_GATE_SLOPE, _GATE_MIDDLE = 4.0, 1.0
 _SMALLEST_SCALE = 1e-6
 
 
