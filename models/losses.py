@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+_SMALLEST_MEAN = 1e-12  # a perfect reconstruction has mean distance 0 and needs no weights
+
 
 class _ScaleGradient(torch.autograd.Function):
     @staticmethod
@@ -41,11 +43,12 @@ def soft_mining_loss(target: Tensor, reconstruction: Tensor, exponent: float = 3
     target = target.detach()
     with torch.no_grad():
         distance = cosine_distance(target, reconstruction)  # (B, N)
-        weights = (distance / distance.mean()) ** exponent
+        weights = (distance / distance.mean().clamp_min(_SMALLEST_MEAN)) ** exponent
     return global_cosine_distance(target, scale_gradient(reconstruction, weights.unsqueeze(-1)))
 
 
 def prototype_coherence_loss(tokens: Tensor, prototypes: Tensor) -> Tensor:
     """Mean distance of every token (B, N, C) to its nearest prototype (B, M, C) of the image (INP-Former, L_c)."""
-    similarity = F.normalize(tokens, dim=-1) @ F.normalize(prototypes, dim=-1).transpose(-2, -1)  # (B, N, M)
-    return (1 - similarity).amin(dim=-1).mean()
+    with torch.autocast(tokens.device.type, enabled=False):
+        similarity = F.normalize(tokens, dim=-1) @ F.normalize(prototypes, dim=-1).transpose(-2, -1)  # (B, N, M)
+        return (1 - similarity).amin(dim=-1).mean()

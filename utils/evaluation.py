@@ -119,8 +119,8 @@ def evaluate(
             anomaly_map = _map_in_memory(detector, batch["image"].to(detector.device)).float()
         smoothed = smoothed_map(anomaly_map, options)
         score = image_score(smoothed, options.max_ratio)
-        for path, value in zip(batch["path"], score.tolist(), strict=True):
-            if not np.isfinite(value):
+        for path, finite in zip(batch["path"], smoothed.isfinite().flatten(1).all(dim=1).tolist(), strict=True):
+            if not finite:
                 raise NumericError(
                     f"the anomaly map of {path!r} is not finite; the model is damaged or diverged, train it again"
                 )
@@ -142,9 +142,9 @@ def _map_in_memory(detector: Detector, inputs: Tensor) -> Tensor:
     except torch.OutOfMemoryError:
         if len(inputs) == 1:
             raise
-        logger.warning("out of device memory for %d images; halving the batch", len(inputs))
-        torch.cuda.empty_cache()
-        return torch.cat([_map_in_memory(detector, half) for half in inputs.chunk(2)])
+    logger.warning("out of device memory for %d images; halving the batch", len(inputs))
+    torch.cuda.empty_cache()  # only after the handler, which holds on to the failed attempt's tensors
+    return torch.cat([_map_in_memory(detector, half) for half in inputs.chunk(2)])
 
 
 def calibrate_scale(evaluation: Evaluation) -> dict[str, float]:

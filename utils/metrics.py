@@ -105,8 +105,7 @@ def _dinomaly_aupro(positives: np.ndarray, weights: np.ndarray, negatives: np.nd
     if not kept.any() or false_positive_rate[kept].max() == 0:
         return None
     rate = false_positive_rate[kept] / false_positive_rate[kept].max()
-    order = np.argsort(rate, kind="stable")
-    return float(np.trapezoid(overlap[kept][order], rate[order]))
+    return float(np.trapezoid(overlap[kept][::-1], rate[::-1]))  # both fall with the threshold
 
 
 def ranking_metrics(scores: np.ndarray, labels: np.ndarray) -> tuple[float, float, float] | tuple[None, None, None]:
