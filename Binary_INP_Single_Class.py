@@ -12,10 +12,11 @@ import sys
 from collections.abc import Sequence
 
 from models.build import build_inp_former
-from utils.arguments import base_parser, settings_of
+from utils.arguments import base_parser
 from utils.command import run_command
 from utils.detectors import Host
 from utils.experiment import run_per_category
+from utils.settings import settings_of
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -6,7 +6,8 @@ import numpy as np
 from PIL import Image
 
 SIDE = 64
-TINY_FLAGS = ["--encoder", "random_vit_tiny_14", "--input_size", "64", "--crop_size", "56", "--batch_size", "4", "--num_workers", "0", "--device", "cpu"]
+TINY_FLAGS = ["--encoder", "random_vit_tiny_14", "--input_size", "64", "--crop_size", "56", "--batch_size", "4"]
+TINY_FLAGS += ["--num_workers", "0", "--device", "cpu"]
 
 
 def texture(generator: np.random.Generator, side: int = SIDE) -> np.ndarray:

@@ -12,8 +12,8 @@ from binarize.stages import binarize
 from common.errors import UserError
 from models.detector import Detector
 from models.encoder import FrozenEncoder
-from utils.arguments import ModelOptions, Settings
 from utils.checkpoint import load_checkpoint
+from utils.settings import ModelOptions, Settings
 
 logger = logging.getLogger(__name__)
 

@@ -2,7 +2,6 @@
 
 import logging
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -11,13 +10,12 @@ from torch.utils.data import Dataset, Subset, default_collate
 from binarize.cost import Cost, cost_table
 from binarize.stages import calibrate, force_gates
 from common.errors import UserError
-from datasets.catalog import LAYOUTS, choose_items, data_root
-from datasets.check import shared_images, undecodable
-from datasets.records import ImageDataset, Record, check_mask_sizes
+from datasets.catalog import LAYOUTS, data_root
+from datasets.records import ImageDataset, Record
 from models.build import build_encoder
 from models.detector import Detector
 from models.encoder import FrozenEncoder
-from utils.arguments import IDENTITY_KEYS, PROTOCOL_KEYS, Settings
+from utils.categories import CategoryData, list_data, log_data
 from utils.checkpoint import save_checkpoint
 from utils.detectors import (
     Host,
@@ -34,24 +32,15 @@ from utils.logs import log_to_file
 from utils.metrics import named
 from utils.pictures import write_contact_sheet
 from utils.report import format_metric, format_results, write_cost, write_run_report
-from utils.run_folder import MetricsLog, RunFolder, write_bad_images, write_scores
+from utils.result_files import MetricsLog, write_scores
+from utils.run_folder import RunFolder
+from utils.settings import IDENTITY_KEYS, PROTOCOL_KEYS, Settings
 from utils.tables import format_cost
 from utils.training import ShuffledBatches, fit
 
 logger = logging.getLogger(__name__)
 
 _CALIBRATION_IMAGES = 256
-
-
-@dataclass(frozen=True)
-class CategoryData:
-    """Records of one category; bad ones are already left out, images shared by training and test are only listed."""
-
-    item: str
-    train: list[Record]
-    test: list[Record]
-    bad: list[tuple[Record, str]]
-    shared: list[tuple[Path, Path]]
 
 
 @dataclass(frozen=True)
@@ -87,21 +76,6 @@ def run_per_category(settings: Settings, host: Host) -> int:
     return 0
 
 
-def list_data(settings: Settings) -> list[CategoryData]:
-    """Records of all wanted categories, checked as far as that is cheap, so that errors come before any training."""
-    options = settings.data
-    root, layout = data_root(options.dataset, options.path), LAYOUTS[options.dataset]
-    categories = []
-    for item in choose_items(options.dataset, root, options.items):
-        train, test = layout.train(root, item), layout.test(root, item, options.allow_missing_masks)
-        bad = undecodable([*train, *test], options.max_pixels) if options.skip_bad_images else []
-        skipped = {record for record, _ in bad}
-        train, test = ([record for record in part if record not in skipped] for part in (train, test))
-        check_mask_sizes(test, options.max_pixels)
-        categories.append(CategoryData(item, train, test, bad, shared_images(train, test)))
-    return categories
-
-
 def _train(experiment: Experiment, categories: list[CategoryData]) -> RunFolder:
     """Train and evaluate every category that is not finished; returns the folder with the results."""
     settings, run, encoder = experiment.settings, experiment.run, experiment.encoder
@@ -129,7 +103,7 @@ def _train_category(experiment: Experiment, category: CategoryData) -> None:
     settings, run, item = experiment.settings, experiment.run, category.item
     if not settings.resume:
         run.forget_item(item)
-    _log_data(run, category)
+    log_data(run, category)
     seed_everything(settings.training.seed)
     expected = experiment.description(item)
     detector = start_detector(settings, expected, experiment.encoder, experiment.host, experiment.device)
@@ -194,29 +168,6 @@ def _check_untouched(experiment: Experiment, categories: list[CategoryData]) -> 
             f"{str(run.path)!r} already holds training of {' '.join(trained)}; give --resume to go on (finished categories "
             "are skipped) or --overwrite to train them anew"
         )
-
-
-def _log_data(run: RunFolder, category: CategoryData) -> None:
-    defective = sum(record.label for record in category.test)
-    logger.info(
-        "%s: %d training images, %d good and %d defective test images",
-        category.item,
-        len(category.train),
-        len(category.test) - defective,
-        defective,
-    )
-    for trained, tested in category.shared:
-        logger.warning("%s: the same image is in train and test: %r and %r", category.item, str(trained), str(tested))
-    if not category.test:
-        logger.warning("%s: no test images; the model is trained, but nothing says how good it is", category.item)
-    elif defective in (0, len(category.test)):
-        logger.warning("%s: the test images are all of one class; image metrics do not exist (empty cells)", category.item)
-    without_masks = sum(not record.has_pixel_truth for record in category.test)
-    if without_masks:
-        logger.warning("%s: %d defective images have no mask and count for image metrics only", category.item, without_masks)
-    if category.bad:
-        logger.warning("%s: %d undecodable images skipped, see bad_images.csv", category.item, len(category.bad))
-        write_bad_images(run.item_folder(category.item) / "bad_images.csv", category.bad)
 
 
 def log_cost(detector: Detector, crop_size: int) -> dict[str, Cost]:

@@ -10,9 +10,9 @@ from PIL import Image, ImageDraw, ImageFont
 from torchvision.transforms.functional import center_crop, resize
 
 from datasets.images import load_image
-from utils.arguments import DataOptions
 from utils.checkpoint import atomic_write
 from utils.evaluation import METRIC_SIZE, Evaluation
+from utils.settings import DataOptions
 
 _TILE = 176
 _MARGIN = 6

@@ -12,7 +12,7 @@ import yaml
 from binarize.cost import Cost
 from utils.checkpoint import write_text
 from utils.metrics import METRIC_NAMES, mean_metrics
-from utils.run_folder import Row, read_metrics, read_results
+from utils.result_files import Row, read_metrics, read_results
 from utils.tables import format_cost, format_rows
 
 _STYLE = """

@@ -1,7 +1,5 @@
 """The folder of a run: what it is called, who may write into it, and the small files that describe it."""
 
-import csv
-import io
 import json
 import logging
 import os
@@ -20,13 +18,10 @@ import torch
 import yaml
 
 from common.errors import ResourceError, UserError
-from datasets.records import Record
 from utils.checkpoint import write_text
-from utils.metrics import METRIC_NAMES, mean_metrics
+from utils.result_files import MetricsLog, Row, read_results, write_results
 
 logger = logging.getLogger(__name__)
-
-Row = dict[str, float | None]
 
 
 def run_folder_name(save_name: str, dataset: str, encoder: str, input_size: int, crop_size: int, prototype_count: int) -> str:
@@ -183,116 +178,6 @@ class RunFolder:
 
     def _write_rows(self, rows: dict[str, Row]) -> None:
         write_results(self.path / "results.csv", rows)
-
-
-def write_results(path: Path, rows: dict[str, Row]) -> None:
-    """`results.csv`: a row per category and `Mean`; fractions with 4 decimals, empty where a metric does not exist."""
-    lines = {**rows, "Mean": mean_metrics(list(rows.values()))}
-    _write_csv(
-        path,
-        ("item", *METRIC_NAMES),
-        (
-            (safe_cell(item), *("" if row[name] is None else f"{row[name]:.4f}" for name in METRIC_NAMES))
-            for item, row in lines.items()
-        ),
-    )
-
-
-def read_results(path: Path) -> dict[str, Row]:
-    """Rows by category without the mean; raises UserError for a file of another form."""
-    if not path.is_file():
-        return {}
-    with path.open(newline="", encoding="utf-8") as file:
-        lines = list(csv.reader(file))
-    try:
-        if tuple(lines[0]) != ("item", *METRIC_NAMES):
-            raise ValueError("unknown columns")
-        return {
-            line[0].removeprefix("'"): {
-                name: float(cell) if cell else None for name, cell in zip(METRIC_NAMES, line[1:], strict=True)
-            }
-            for line in lines[1:]
-            if line[0] != "Mean"
-        }
-    except (ValueError, IndexError) as error:
-        raise UserError(
-            f"results damaged: {str(path)!r} is not a results table ({error}); remove it and run --phase test"
-        ) from error
-
-
-def write_scores(path: Path, rows: Iterable[tuple[str, str, int, float]]) -> None:
-    """`scores.csv`: path, item, label, score of every test image."""
-    _write_csv(
-        path,
-        ("path", "item", "label", "score"),
-        ((safe_cell(image_path), safe_cell(item), label, f"{score:.6f}") for image_path, item, label, score in rows),
-    )
-
-
-def write_bad_images(path: Path, bad: Iterable[tuple[Record, str]]) -> None:
-    """`bad_images.csv`: path and reason of every image left out."""
-    _write_csv(path, ("path", "reason"), ((safe_cell(str(record.path)), safe_cell(reason)) for record, reason in bad))
-
-
-def _write_csv(path: Path, header: tuple[str, ...], rows: Iterable[tuple]) -> None:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(header)
-    writer.writerows(rows)
-    write_text(path, text.getvalue())
-
-
-def safe_cell(text: str) -> str:
-    """A cell that no spreadsheet takes for a formula: an apostrophe goes before what could start one."""
-    return f"'{text}" if text[:1] in ("=", "+", "-", "@", "'") else text
-
-
-class MetricsLog:
-    """`metrics.jsonl`: one JSON object per line, of all categories of a run."""
-
-    def __init__(self, path: Path, item: str):
-        self.path, self.item = path, item
-
-    def training(self, iteration: int, loss: float, rate: float, seconds: float, parts: dict[str, float]) -> None:
-        """One logged training step; `seconds` per iteration on average since the start."""
-        logger.info(
-            "%s: iteration %d, loss %.4f (%s), lr %.2e, %.2f s per iteration",
-            self.item,
-            iteration,
-            loss,
-            ", ".join(f"{name} {value:.4f}" for name, value in parts.items()),
-            rate,
-            seconds,
-        )
-        self.append("training", iteration=iteration, loss=loss, lr=rate, seconds_per_iteration=seconds, **parts)
-
-    def append(self, kind: str, **values) -> None:
-        """Append one line and flush it to the disk."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"item": self.item, "kind": kind, **values}) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-
-    def truncate(self, iteration: int) -> None:
-        """Drop this category's lines after an iteration: they will be written again."""
-        lines = read_metrics(self.path)
-        kept = [line for line in lines if line["item"] != self.item or line.get("iteration", iteration + 1) <= iteration]
-        if len(kept) < len(lines):
-            write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
-
-
-def read_metrics(path: Path) -> list[dict]:
-    """Lines of a `metrics.jsonl`; a last line cut short by a crash is passed over."""
-    if not path.is_file():
-        return []
-    lines = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
-            logger.warning("passed over a damaged line of %s", path)
-    return lines
 
 
 def _remove_stale_lock(path: Path) -> None:

@@ -19,7 +19,7 @@ from models.detector import Detector
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.devices import autocast, ignore_signals, random_state, restore_random_state
 from utils.optim import StableAdamW, learning_rate
-from utils.run_folder import MetricsLog
+from utils.result_files import MetricsLog
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,201 @@
+"""What a command was asked to do: its flags checked against each other and sorted into small dataclasses."""
+
+import argparse
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from binarize.linear import BinarizationOptions
+from common.errors import UserError
+from models.build import check_sizes
+from utils.evaluation import EvaluationOptions
+from utils.optim import warmup_length
+from utils.run_folder import check_plain_name, run_folder_name
+from utils.training import TrainingOptions, iterations_of
+
+STAGE_SUFFIXES = {0: "-FP", 1: "", 2: "-CLB2"}
+_LOG_EVERY = 10
+# A run folder and its checkpoints belong to one choice of these; the other flags do not change what is trained.
+IDENTITY_KEYS = (
+    "dataset", "encoder", "pos_embed", "input_size", "crop_size", "INP_num", "clb_stage", "load_checkpoint", "act_bits", "sab",
+    "weight_gradient", "activation_gradient", "distill", "distill_teacher", "total_epochs", "total_iters", "batch_size",
+    "learning_rate", "final_learning_rate", "warmup_iters", "weight_decay", "gradient_clip", "precision", "seed",
+    "skip_bad_images",
+)  # fmt: skip
+PROTOCOL_KEYS = (
+    "mask_threshold",
+    "smoothing_kernel",
+    "smoothing_sigma",
+    "max_ratio",
+    "pro_mode",
+    "allow_missing_masks",
+)
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """Which images: `path` is the root as given, `items` the wanted categories or None for all."""
+
+    dataset: str
+    path: str | None
+    items: list[str] | None
+    input_size: int
+    crop_size: int
+    max_pixels: int
+    allow_missing_masks: bool
+    skip_bad_images: bool
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Which network, and how far it is binary."""
+
+    encoder: str
+    encoder_weights: str | None
+    position_embedding: str
+    prototype_count: int
+    stage: int
+    binarization: BinarizationOptions
+    load_checkpoint: str | None
+    distillation_weight: float
+    distillation_teacher: str | None
+    forced_gate: float | None
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One command, checked. `config` holds all flags by name, as `config.yaml` stores them."""
+
+    config: dict
+    data: DataOptions
+    model: ModelOptions
+    training: TrainingOptions
+    evaluation: EvaluationOptions
+    phase: str
+    save_dir: Path
+    run_path: Path
+    resume: bool
+    overwrite: bool
+    device: str
+    cache_features: str
+
+    @property
+    def identity(self) -> dict:
+        """The part of the configuration that a trained model depends on."""
+        return {key: self.config[key] for key in IDENTITY_KEYS}
+
+    def run_path_of(self, save_name: str) -> Path:
+        """Folder of another run of the same data, encoder and sizes."""
+        name = run_folder_name(
+            save_name,
+            self.data.dataset,
+            self.model.encoder,
+            self.data.input_size,
+            self.data.crop_size,
+            self.model.prototype_count,
+        )
+        return self.save_dir / name
+
+    def training_for(self, item: str, image_count: int) -> TrainingOptions:
+        """Training options with the iterations of this category's image count filled in."""
+        epochs, iterations = self.config["total_epochs"], self.config["total_iters"]
+        per_epochs = iterations_of(epochs, image_count, self.training.batch_size, item)
+        total = iterations or per_epochs
+        warmup = warmup_length(total) if self.config["warmup_iters"] is None else self.config["warmup_iters"]
+        return replace(self.training, total_iterations=total, warmup=warmup)
+
+
+def settings_of(arguments: argparse.Namespace) -> Settings:
+    """Check flags against each other and sort them into dataclasses; raises UserError for a combination that cannot work."""
+    config = {
+        key: value for key, value in vars(arguments).items() if key not in ("config", "default_save_name", "quiet", "debug")
+    }
+    config["save_name"] = check_plain_name(
+        arguments.save_name or arguments.default_save_name + STAGE_SUFFIXES[arguments.clb_stage], "--save_name"
+    )
+    check_sizes(arguments.encoder, arguments.input_size, arguments.crop_size)
+    _check_combinations(arguments)
+    save_dir = Path(arguments.save_dir)
+    name = run_folder_name(
+        config["save_name"],
+        arguments.dataset,
+        arguments.encoder,
+        arguments.input_size,
+        arguments.crop_size,
+        arguments.INP_num,
+    )
+    return Settings(
+        config=config,
+        data=DataOptions(
+            dataset=arguments.dataset,
+            path=arguments.data_path,
+            items=arguments.item,
+            input_size=arguments.input_size,
+            crop_size=arguments.crop_size,
+            max_pixels=arguments.max_pixels,
+            allow_missing_masks=arguments.allow_missing_masks,
+            skip_bad_images=arguments.skip_bad_images,
+        ),
+        model=ModelOptions(
+            encoder=arguments.encoder,
+            encoder_weights=arguments.encoder_weights,
+            position_embedding=arguments.pos_embed,
+            prototype_count=arguments.INP_num,
+            stage=arguments.clb_stage,
+            binarization=BinarizationOptions(
+                arguments.act_bits, arguments.sab, arguments.weight_gradient, arguments.activation_gradient
+            ),
+            load_checkpoint=arguments.load_checkpoint,
+            distillation_weight=arguments.distill,
+            distillation_teacher=arguments.distill_teacher,
+            forced_gate=arguments.force_gate,
+        ),
+        training=TrainingOptions(
+            total_iterations=0,  # filled in by `training_for`
+            batch_size=arguments.batch_size,
+            warmup=0,
+            peak_rate=arguments.learning_rate,
+            final_rate=arguments.final_learning_rate,
+            weight_decay=arguments.weight_decay,
+            gradient_clip=arguments.gradient_clip,
+            seed=arguments.seed,
+            precision=arguments.precision,
+            num_workers=arguments.num_workers,
+            save_every=arguments.save_every,
+            log_every=_LOG_EVERY,
+        ),
+        evaluation=EvaluationOptions(
+            arguments.mask_threshold,
+            arguments.smoothing_kernel,
+            arguments.smoothing_sigma,
+            arguments.max_ratio,
+            arguments.pro_mode,
+        ),
+        phase=arguments.phase,
+        save_dir=save_dir,
+        run_path=save_dir / name,
+        resume=arguments.resume,
+        overwrite=arguments.overwrite,
+        device=arguments.device,
+        cache_features=arguments.cache_features,
+    )
+
+
+def _check_combinations(arguments: argparse.Namespace) -> None:
+    stage, training = arguments.clb_stage, arguments.phase == "train"
+    if arguments.smoothing_kernel and arguments.smoothing_kernel % 2 == 0:
+        raise UserError(
+            f"--smoothing_kernel {arguments.smoothing_kernel} is even; use {arguments.smoothing_kernel + 1}, or 0 for none"
+        )
+    if arguments.resume and arguments.overwrite:
+        raise UserError("--resume continues a run and --overwrite deletes it; give one of them")
+    if arguments.force_gate is not None and training:
+        raise UserError("--force_gate is for --phase test")
+    if stage == 0 and arguments.load_checkpoint and training:
+        raise UserError("--clb_stage 0 trains the float network from scratch and takes no --load_checkpoint; leave it out")
+    if stage == 2 and not arguments.load_checkpoint and training:
+        raise UserError(
+            "--clb_stage 2 starts from a stage-1 model: give --load_checkpoint NAME (its save_name, by default "
+            f"{arguments.default_save_name}) or a model.pth"
+        )
+    if arguments.distill and training and not (arguments.distill_teacher or (stage == 1 and arguments.load_checkpoint)):
+        raise UserError("--distill needs a float model: give --distill_teacher NAME (its save_name) or a model.pth of stage 0")
