@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import Binary_INP_Single_Class
 from models.build import RANDOM_TINY_ENCODER, build_encoder, build_inp_former
 from tests.miniature import TINY_FLAGS, make_mvtec
 
@@ -33,19 +34,38 @@ def mvtec(tmp_path):
 
 
 @pytest.fixture
-def single_class(tmp_path):
-    """Run the single-class script as a user does; returns the finished process. Outputs go to tmp_path/runs."""
+def train(tmp_path):
+    """Call the single-class script in this process: flags -> exit code. Outputs go to tmp_path/runs."""
 
-    def run(*flags: str, dataset: str = "Folder", data: Path | None = None, tiny: bool = True):
-        command = [sys.executable, str(REPOSITORY / "Binary_INP_Single_Class.py"), "--dataset", dataset]
-        command += ["--data_path", str(data)] if data is not None else []
-        command += [*(TINY_FLAGS if tiny else []), "--save_dir", str(tmp_path / "runs"), *flags]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-        return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    def run(*flags: str, data: Path | None = None, dataset: str = "Folder") -> int:
+        return Binary_INP_Single_Class.main(command_line(tmp_path, data, dataset, *flags))
 
     return run
 
 
+@pytest.fixture
+def start_process(tmp_path):
+    """Start the single-class script as a user does; returns the running process."""
+
+    def start(*flags: str, data: Path, dataset: str = "Folder") -> subprocess.Popen:
+        script = str(REPOSITORY / "Binary_INP_Single_Class.py")
+        return subprocess.Popen(
+            [sys.executable, script, *command_line(tmp_path, data, dataset, *flags)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+
+    return start
+
+
+def command_line(tmp_path: Path, data: Path | None, dataset: str, *flags: str) -> list[str]:
+    """Flags of a tiny run below tmp_path/runs."""
+    where = [] if data is None else ["--data_path", str(data)]
+    return ["--dataset", dataset, *where, *TINY_FLAGS, "--save_dir", str(tmp_path / "runs"), *flags]
+
+
 def run_folder(tmp_path: Path, save_name: str = "INP-Former-Single-Class", dataset: str = "Folder") -> Path:
-    """Where `single_class` puts a run."""
+    """Where such a run lies."""
     return tmp_path / "runs" / f"{save_name}_dataset={dataset}_Encoder=random_vit_tiny_14_Resize=64_Crop=56_INP_num=6"

@@ -1,0 +1,88 @@
+"""The whole way through the real command line: float, stage 1, stage 2, test, comparison."""
+
+import csv
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+import yaml
+from PIL import Image
+
+from tests.conftest import REPOSITORY, run_folder
+from tests.miniature import make_mvtec
+from utils.checkpoint import load_checkpoint
+from utils.metrics import METRIC_NAMES
+from utils.settings import STAGE_SUFFIXES
+
+ITEMS = ("bottle", "nut")
+
+
+def finish(process) -> str:
+    output, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    return output
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_float_stage_1_stage_2_test_and_comparison(tmp_path, start_process):
+    data = make_mvtec(tmp_path / "data", items=ITEMS)
+    name = "INP-Former-Single-Class"
+    finish(start_process("--clb_stage", "0", "--total_iters", "12", data=data))
+    finish(start_process("--clb_stage", "1", "--total_iters", "12", "--load_checkpoint", f"{name}-FP", data=data))
+    stage_2 = ("--clb_stage", "2", "--total_iters", "12", "--load_checkpoint", name)
+    output = finish(start_process(*stage_2, "--distill", "1", "--distill_teacher", f"{name}-FP", data=data))
+    folders = [run_folder(tmp_path, name + suffix) for suffix in STAGE_SUFFIXES.values()]
+    assert f"report: {folders[2] / 'report.html'}" in output
+
+    for stage, folder in enumerate(folders):
+        _check_run_folder(folder, stage)
+    parts = {line["kind"]: line for line in map(json.loads, (folders[2] / "metrics.jsonl").read_text().splitlines())}
+    assert parts["training"]["distillation"] > 0
+    assert 0 < parts["evaluation"]["mean_gate"] < 1
+
+    kept = {path: path.read_bytes() for path in folders[2].rglob("*") if path.suffix in (".pth", ".csv", ".jsonl", ".yaml")}
+    flags = ("--config", str(folders[2] / "config.yaml"))
+    finish(start_process(*flags, *stage_2, "--phase", "test", data=data))
+    assert {path: path.read_bytes() for path in kept} == kept
+    finish(start_process(*flags, *stage_2, "--phase", "test", "--force_gate", "0", data=data))
+    assert (folders[2] / "test_gate=0" / "results.csv").is_file()
+    assert {path: path.read_bytes() for path in kept} == kept
+
+    page = tmp_path / "comparison.html"
+    command = [sys.executable, "-m", "scripts.report", *map(str, folders), "--html", str(page)]
+    printed = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True, timeout=120).stdout
+    for folder, suffix in zip(folders, STAGE_SUFFIXES.values(), strict=True):
+        mean = list(csv.DictReader((folder / "results.csv").open()))[-1]
+        row = next(line.split() for line in printed.splitlines() if line.split()[:1] == [name + suffix])
+        assert row[3] == f"{100 * float(mean['I-AUROC']):.2f}"
+    assert page.read_text().count("data:image/jpeg;base64") == 6
+
+
+def _check_run_folder(folder, stage: int) -> None:
+    rows = list(csv.DictReader((folder / "results.csv").open()))
+    assert [row["item"] for row in rows] == [*ITEMS, "Mean"]
+    for metric in METRIC_NAMES:
+        values = [row[metric] for row in rows]
+        assert all(re.fullmatch(r"[01]\.\d{4}", value) for value in values)
+        assert float(values[2]) == pytest.approx((float(values[0]) + float(values[1])) / 2, abs=2e-4)
+    assert yaml.safe_load((folder / "config.yaml").read_text())["clb_stage"] == stage
+    environment = json.loads((folder / "env.json").read_text())
+    assert {"command", "torch", "seed", "commit", "encoder_source", "encoder_sha256"} <= environment.keys()
+    page = (folder / "report.html").read_text()
+    assert "<table>" in page
+    assert "<svg" in page
+    assert "http:" not in page
+    assert "https:" not in page
+    for item in ITEMS:
+        content = load_checkpoint(folder / item / "model.pth")
+        assert (content["stage"], content["item"]) == (stage, item)
+        assert not any(key.startswith("encoder.") for key in content["model"])
+        assert any(key.endswith("mlp.fc1.alpha") for key in content["model"]) == (stage == 2)
+        assert any(key.endswith("attn.q.alpha") for key in content["model"]) == (stage >= 1)
+        scores = list(csv.DictReader((folder / item / "scores.csv").open()))
+        assert list(scores[0]) == ["path", "item", "label", "score"]
+        assert [row["label"] for row in scores] == ["0"] * 3 + ["1"] * 3
+        assert Image.open(folder / item / "maps" / "contact_sheet.jpg").format == "JPEG"
+        assert not (folder / item / "last.pth").exists()
