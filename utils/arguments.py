@@ -13,7 +13,7 @@ from common.errors import UserError
 from datasets.catalog import LAYOUTS
 from datasets.images import DEFAULT_MAX_PIXELS
 from models.build import ENCODERS
-from utils.devices import default_worker_count
+from utils.loading import default_worker_count
 from utils.optim import DEFAULT_WARMUP
 
 

@@ -14,7 +14,7 @@ from utils.logs import log_to_terminal
 def run_command(parser: argparse.ArgumentParser, argv: Sequence[str] | None, work: Callable[[argparse.Namespace], int]) -> int:
     """Parse the command line, do the work, and return its exit code (see `common.errors`)."""
     arguments = None
-    signal.signal(signal.SIGTERM, _raise_interrupted)
+    previous = signal.signal(signal.SIGTERM, _raise_interrupted)
     try:
         arguments = parse(parser, argv)
         log_to_terminal(getattr(arguments, "quiet", False))
@@ -34,6 +34,8 @@ def run_command(parser: argparse.ArgumentParser, argv: Sequence[str] | None, wor
     except BrokenPipeError:  # the reader of our output went away, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def _raise_interrupted(number: int, frame) -> None:

@@ -1,10 +1,8 @@
-"""Where tensors live: device, precision, random state, and signals in worker processes."""
+"""Where tensors live: device, precision and random state."""
 
 import contextlib
 import logging
-import os
 import random
-import signal
 
 import numpy as np
 import torch
@@ -62,14 +60,3 @@ def restore_random_state(state: dict) -> None:
     torch.set_rng_state(state["torch"])
     if state["cuda"] and torch.cuda.is_available():
         torch.cuda.set_rng_state_all(state["cuda"])
-
-
-def ignore_signals(worker: int) -> None:
-    """In a loader worker: the parent decides what a signal means, so that it can still save a checkpoint."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
-def default_worker_count() -> int:
-    """Four loader workers as the papers, fewer on small machines."""
-    return min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)

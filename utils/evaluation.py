@@ -7,13 +7,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from binarize.stages import mean_gate
 from common.errors import NumericError
 from models.detector import Detector
-from utils.devices import autocast, ignore_signals
+from utils.devices import autocast
+from utils.loading import loaded_batches
 from utils.metrics import Metrics, ProMode, compute_metrics
 
 logger = logging.getLogger(__name__)
@@ -112,25 +113,25 @@ def evaluate(
     if len(data) == 0:
         nothing = np.empty((0, METRIC_SIZE, METRIC_SIZE), np.float32)
         return Evaluation([], np.empty(0, int), np.empty(0), nothing, nothing.astype(bool), np.empty(0, bool))
-    loader = DataLoader(data, batch_size=batch_size, num_workers=num_workers, worker_init_fn=ignore_signals)
     paths, labels, scores, maps, masks, truth, gates = [], [], [], [], [], [], []
-    for batch in tqdm(loader, desc=f"evaluating {item}", unit="batch", disable=None):
-        with autocast(detector.device, precision):
-            anomaly_map = _map_in_memory(detector, batch["image"].to(detector.device)).float()
-        smoothed = smoothed_map(anomaly_map, options)
-        score = image_score(smoothed, options.max_ratio)
-        for path, finite in zip(batch["path"], smoothed.isfinite().flatten(1).all(dim=1).tolist(), strict=True):
-            if not finite:
-                raise NumericError(
-                    f"the anomaly map of {path!r} is not finite; the model is damaged or diverged, train it again"
-                )
-        paths += batch["path"]
-        labels.append(batch["label"].numpy())
-        scores.append(score.cpu().numpy())
-        maps.append(smoothed.cpu().numpy())
-        masks.append(binary_mask(batch["mask"], options.mask_threshold).numpy())
-        truth.append(batch["has_pixel_truth"].numpy())
-        gates += [mean_gate(detector)] * len(batch["path"])
+    with loaded_batches(data, num_workers, batch_size=batch_size) as batches:
+        for batch in tqdm(batches, total=-(-len(data) // batch_size), desc=f"evaluating {item}", unit="batch", disable=None):
+            with autocast(detector.device, precision):
+                anomaly_map = _map_in_memory(detector, batch["image"].to(detector.device)).float()
+            smoothed = smoothed_map(anomaly_map, options)
+            score = image_score(smoothed, options.max_ratio)
+            for path, finite in zip(batch["path"], smoothed.isfinite().flatten(1).all(dim=1).tolist(), strict=True):
+                if not finite:
+                    raise NumericError(
+                        f"the anomaly map of {path!r} is not finite; the model is damaged or diverged, train it again"
+                    )
+            paths += batch["path"]
+            labels.append(batch["label"].numpy())
+            scores.append(score.cpu().numpy())
+            maps.append(smoothed.cpu().numpy())
+            masks.append(binary_mask(batch["mask"], options.mask_threshold).numpy())
+            truth.append(batch["has_pixel_truth"].numpy())
+            gates += [mean_gate(detector)] * len(batch["path"])
     arrays = (np.concatenate(part) for part in (labels, scores, maps, masks, truth))
     return Evaluation(paths, *arrays, mean_gate=None if None in gates else sum(gates) / len(gates))
 

@@ -17,12 +17,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from common.errors import ResourceError
 from datasets.records import ImageDataset
-from utils.devices import ignore_signals
+from utils.loading import loaded_batches
 
 logger = logging.getLogger(__name__)
 
@@ -131,10 +131,12 @@ def _choose_place(mode: str, size: int, folder: Path) -> str:
 def _fill(
     features: np.ndarray, images: ImageDataset, encode: Callable, batch_size: int, num_workers: int, description: str
 ) -> None:
-    loader = DataLoader(_ImagesAlone(images), batch_size=batch_size, num_workers=num_workers, worker_init_fn=ignore_signals)
     done = 0
-    with tqdm(total=len(images), desc=f"encoding {description}", unit="image", disable=None) as bar:
-        for batch in loader:
+    with (
+        loaded_batches(_ImagesAlone(images), num_workers, batch_size=batch_size) as batches,
+        tqdm(total=len(images), desc=f"encoding {description}", unit="image", disable=None) as bar,
+    ):
+        for batch in batches:
             encoded = encode(batch).to(torch.float16).numpy()
             features[done : done + len(encoded)] = encoded
             done += len(encoded)

@@ -10,14 +10,15 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset, Sampler
 from tqdm import tqdm
 
 from binarize.stages import parameter_groups
 from common.errors import Interrupted, NumericError, ResourceError, UserError
 from models.detector import Detector
 from utils.checkpoint import load_checkpoint, save_checkpoint
-from utils.devices import autocast, ignore_signals, random_state, restore_random_state
+from utils.devices import autocast, random_state, restore_random_state
+from utils.loading import loaded_batches
 from utils.optim import StableAdamW, learning_rate
 from utils.result_files import MetricsLog
 
@@ -123,15 +124,14 @@ def fit(
     start = _restore(last, detector, optimizer, identity) if resume and last.is_file() else 0
     log.truncate(start)
     detector.train()
-    loader = DataLoader(
-        data,
-        batch_sampler=ShuffledBatches(len(data), options.batch_size, options.seed, start, options.total_iterations),
-        num_workers=options.num_workers,
-        worker_init_fn=ignore_signals,
-    )
+    order = ShuffledBatches(len(data), options.batch_size, options.seed, start, options.total_iterations)
     device, began = detector.device, time.perf_counter()
-    with StopRequest() as stop, tqdm(total=options.total_iterations, initial=start, unit="it", disable=None) as bar:
-        for iteration, batch in enumerate(loader, start):
+    with (
+        StopRequest() as stop,
+        loaded_batches(data, options.num_workers, batch_sampler=order) as batches,
+        tqdm(total=options.total_iterations, initial=start, unit="it", disable=None) as bar,
+    ):
+        for iteration, batch in enumerate(batches, start):
             rate = learning_rate(iteration, options.total_iterations, options.warmup, options.peak_rate, options.final_rate)
             for group in optimizer.param_groups:
                 group["lr"] = rate

@@ -1,0 +1,35 @@
+"""Batches from loader processes that neither die with a signal to the whole group nor outlive an error."""
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch.utils.data import DataLoader, Dataset
+
+_SECONDS_AFTER_SIGTERM = 60
+
+
+@contextmanager
+def loaded_batches(data: Dataset, num_workers: int, **options) -> Iterator[Iterator]:
+    """Iterate over a DataLoader and end its workers when the block ends, however it ends.
+
+    An error keeps the iterator alive through its traceback; its workers would then hold up the end of the process.
+    """
+    iterator = iter(DataLoader(data, num_workers=num_workers, worker_init_fn=_outlast_signals, **options))
+    try:
+        yield iterator
+    finally:
+        if num_workers:
+            iterator._shutdown_workers()
+
+
+def _outlast_signals(worker: int) -> None:
+    """Signals often reach the whole process group: the parent decides what they mean and may still save a checkpoint."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(_SECONDS_AFTER_SIGTERM))
+
+
+def default_worker_count() -> int:
+    """Four loader workers as the papers, fewer on small machines."""
+    return min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
