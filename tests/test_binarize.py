@@ -67,7 +67,10 @@ def test_binary_linear_forward(layer):
     activations = scale * signs((numbers(inputs) - threshold) / scale)
     expected = np.array(
         [
-            [layer.alpha[o].item() * sum(weight_signs[o, i] * row[i] for i in range(5)) + layer.bias[o].item() for o in range(4)]
+            [
+                layer.alpha[o].item() * sum(weight_signs[o, i] * row[i] for i in range(5)) + layer.bias[o].item()
+                for o in range(4)
+            ]
             for row in activations
         ]
     )
@@ -110,7 +113,9 @@ def test_conversion_keeps_weights_and_takes_alpha_from_the_row_deviation():
     linear = torch.nn.Linear(6, 3)
     layer = BinaryLinear.from_linear(linear, OPTIONS)
     weight = numbers(linear.weight)
-    np.testing.assert_allclose(numbers(layer.alpha), np.abs(weight - weight.mean(axis=1, keepdims=True)).mean(axis=1), rtol=1e-6)
+    np.testing.assert_allclose(
+        numbers(layer.alpha), np.abs(weight - weight.mean(axis=1, keepdims=True)).mean(axis=1), rtol=1e-6
+    )
     assert torch.equal(layer.weight, linear.weight)
     assert torch.equal(layer.bias, linear.bias)
 

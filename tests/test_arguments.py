@@ -1,0 +1,83 @@
+"""The command line: the paper's flags and defaults, configuration files, iterations."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from common.errors import UserError
+from utils.arguments import base_parser, parse
+from utils.settings import Settings, settings_of
+
+NAME = "INP-Former-Single-Class"
+
+
+def settings(*flags: str) -> Settings:
+    return settings_of(parse(base_parser("", NAME), flags))
+
+
+def test_defaults_are_the_papers():
+    made = settings("--dataset", "MVTec-AD", "--data_path", "./datasets/mvtec", "--phase", "train", "--clb_stage", "1")
+    assert (made.model.encoder, made.model.prototype_count) == ("dinov2reg_vit_base_14", 6)
+    assert (made.data.input_size, made.data.crop_size) == (448, 392)
+    assert (made.evaluation.mask_threshold, made.evaluation.max_ratio) == (0.5, 0.01)
+    assert (made.evaluation.smoothing_kernel, made.evaluation.smoothing_sigma) == (5, 4.0)
+    options = made.training_for("bottle", 209)
+    assert (options.batch_size, options.total_iterations, options.warmup) == (16, 2600, 100)
+    assert (options.peak_rate, options.final_rate, options.weight_decay) == (1e-3, 1e-4, 1e-4)
+    assert (options.gradient_clip, options.seed, options.precision) == (0.1, 1, "fp32")
+    folder = f"{NAME}_dataset=MVTec-AD_Encoder=dinov2reg_vit_base_14_Resize=448_Crop=392_INP_num=6"
+    assert made.run_path == Path("./saved_results") / folder
+    assert made.run_path_of("other").name == folder.replace(NAME, "other")
+
+
+@pytest.mark.parametrize(("stage", "name"), [("0", f"{NAME}-FP"), ("1", NAME), ("2", f"{NAME}-CLB2")])
+def test_every_stage_has_its_own_default_name(stage, name):
+    assert settings("--clb_stage", stage, *(["--load_checkpoint", NAME] if stage == "2" else [])).config["save_name"] == name
+
+
+def test_iterations_or_epochs():
+    assert settings("--total_iters", "60").training_for("a", 20).total_iterations == 60
+    assert settings("--total_iters", "60").training_for("a", 20).warmup == 12
+    assert settings("--total_epochs", "7").training_for("a", 50).total_iterations == 21
+    assert settings("--total_iters", "60", "--warmup_iters", "5").training_for("a", 20).warmup == 5
+    with pytest.raises(UserError, match="--batch_size 15 or smaller"):
+        settings("--total_iters", "60").training_for("a", 15)
+
+
+def test_config_file_gives_defaults_and_the_command_line_wins(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump({"item": ["a", "b"], "total_iters": 9, "seed": 4, "resume": True, "save_name": None}))
+    made = settings("--seed", "5", "--config", str(path))
+    assert (made.data.items, made.config["total_iters"], made.config["seed"], made.resume) == (["a", "b"], 9, 5, True)
+    assert settings("--config", str(path), "--item", "c").data.items == ["c"]
+
+
+def test_stored_configuration_repeats_a_command(tmp_path):
+    flags = ["--clb_stage", "0", "--item", "x", "--learning_rate", "0.002", "--skip_bad_images", "--save_name", "odd name"]
+    first = settings(*flags)
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(first.config))
+    assert settings("--config", str(path)).config == first.config
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--batch_size", "0"),
+        ("--max_ratio", "1.5"),
+        ("--clb_stage", "3"),
+        ("--unknown", "1"),
+        ("--dataset", "MVTec"),
+        ("--total_iters", "-1"),
+    ],
+)
+def test_impossible_values_end_with_code_2(flags):
+    with pytest.raises(SystemExit) as stop:
+        settings(*flags)
+    assert stop.value.code == 2
+
+
+def test_even_smoothing_kernel():
+    with pytest.raises(UserError, match="use 5, or 0 for none"):
+        settings("--smoothing_kernel", "4")
