@@ -8,9 +8,10 @@ import pytest
 from PIL import Image
 
 from common.errors import UserError
+from tests.miniature import save
 from utils.evaluation import Evaluation
 from utils.metrics import METRIC_NAMES
-from utils.pictures import heat_map, outline, outline_level, pick_worst_and_best
+from utils.pictures import heat_map, outline, outline_level, pick_worst_and_best, write_contact_sheet
 from utils.report import format_results
 from utils.result_files import MetricsLog, read_metrics, read_results, write_results, write_scores
 from utils.settings import DataOptions
