@@ -8,7 +8,7 @@ from models.layers import PrototypeAttention
 
 _THRESHOLD_SHARE = 0.25  # of the row maximum (BiViT, He et al. 2023)
 _SCALE_DRIFT_LIMITS = (0.5, 2.0)
-# initial k and m: a row starts mostly binary only if its maximum nears the head's scale (docs/RESULTS.md, gate)
+# initial k and m: at the start no row is more than half binary (docs/RESULTS.md compares with m = 0.5)
 _GATE_SLOPE, _GATE_MIDDLE = 4.0, 1.0
 _SMALLEST_SCALE = 1e-6
 

@@ -10,6 +10,9 @@ from datasets import elpv, mvtec
 from datasets.records import Record
 
 
+RESERVED_ITEM = "Mean"
+
+
 @dataclass(frozen=True)
 class Layout:
     """How to list a data set: its categories, then the records of one category.
@@ -19,6 +22,7 @@ class Layout:
         train: (root, item) -> records.
         test: (root, item, allow_missing_masks) -> records.
         published_counts: item -> (train, test good, test defective), where published.
+        tree: what lies below the root, for messages.
         default_root: where the data set is when `--data_path` is not given.
     """
 
@@ -26,6 +30,7 @@ class Layout:
     train: Callable[[Path, str], list[Record]]
     test: Callable[[Path, str, bool], list[Record]]
     published_counts: dict[str, tuple[int, int, int]]
+    tree: str
     default_root: Callable[[], Path] | None = None
 
 
@@ -35,12 +40,14 @@ LAYOUTS = {
         train=mvtec.train_records,
         test=lambda root, item, allow: mvtec.test_records(root, item, truth_optional=False, allow_missing_masks=allow),
         published_counts=mvtec.PUBLISHED_COUNTS,
+        tree=mvtec.TREE,
     ),
     "ELPV": Layout(
         categories=lambda root: list(elpv.CATEGORIES),
         train=elpv.train_records,
         test=lambda root, item, allow: elpv.test_records(root, item),
         published_counts={},
+        tree=elpv.TREE,
         default_root=elpv.installed_root,
     ),
     "Folder": Layout(
@@ -48,6 +55,7 @@ LAYOUTS = {
         train=mvtec.train_records,
         test=lambda root, item, allow: mvtec.test_records(root, item, truth_optional=True, allow_missing_masks=allow),
         published_counts={},
+        tree=mvtec.TREE,
     ),
 }
 
@@ -61,13 +69,15 @@ def data_root(dataset: str, data_path: str | None) -> Path:
         return layout.default_root()
     root = Path(data_path)
     if not root.is_dir():
-        raise UserError(f"data not found: --data_path {data_path!r} is no folder; expected the root of {dataset}")
+        raise UserError(f"data not found: --data_path {data_path!r} is no folder; expected in it: {layout.tree}")
     return root
 
 
 def choose_items(dataset: str, root: Path, wanted: list[str] | None) -> list[str]:
-    """Categories to work on, in the data set's order; raises UserError for an unknown or absent one."""
+    """Categories to work on, in the data set's order; raises UserError for an unknown one."""
     known = LAYOUTS[dataset].categories(root)
+    if RESERVED_ITEM in known:
+        raise UserError(f"category {RESERVED_ITEM!r} in {str(root)!r}: rename it, the results use that name for their mean")
     if wanted is None:
         return known
     for item in wanted:

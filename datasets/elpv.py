@@ -13,6 +13,7 @@ from datasets.records import Record
 
 CATEGORIES = ["mono", "poly"]
 _LABELS = "labels.csv"
+TREE = "labels.csv, images/*.png"
 
 
 def installed_root() -> Path:
@@ -41,6 +42,8 @@ def _cells(root: Path, item: str) -> list[tuple[Path, float]]:
         path = (root / name).resolve()
         if not path.is_relative_to(root.resolve()):
             raise UserError(f"ELPV labels refused: line {number} of {str(labels)!r} points outside the data set: {name!r}")
+        if kind == item and not path.is_file():
+            raise UserError(f"ELPV image missing: line {number} of {str(labels)!r} names {name!r}, which does not exist")
         if kind == item:
             cells.append((path, probability))
     if not cells:

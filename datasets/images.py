@@ -1,6 +1,5 @@
 """Decode one image or mask from disk, or say in one sentence why not."""
 
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +9,9 @@ from common.errors import UserError
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"}
 DEFAULT_MAX_PIXELS = 100_000_000
+Image.MAX_IMAGE_PIXELS = None  # `max_pixels` replaces it, with a sentence instead of a warning
 _SIXTEEN_BIT_MODES = {"I;16", "I;16B", "I;16L", "I;16N", "I"}
+_DECODING_ERRORS = (OSError, SyntaxError, ValueError, EOFError)  # what PIL raises for files that are no images
 _SWAPPED_ORIENTATIONS = {5, 6, 7, 8}  # EXIF: the displayed image is turned by 90 degrees
 
 
@@ -26,12 +27,8 @@ def list_images(folder: Path) -> list[Path]:
 
 def _open(path: Path, max_pixels: int) -> Image.Image:
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit follows
-            image = Image.open(path)
-    except Image.DecompressionBombError as error:
-        raise UserError(f"image too large: {str(path)!r}: {error}") from error
-    except (OSError, SyntaxError, ValueError) as error:  # PIL's plugins raise all three for files that are no images
+        image = Image.open(path)
+    except _DECODING_ERRORS as error:
         reason = "is empty (0 bytes)" if path.is_file() and path.stat().st_size == 0 else f"is no readable image ({error})"
         raise UserError(
             f"cannot read {str(path)!r}: it {reason}; replace or remove it, or give --skip_bad_images"
@@ -45,10 +42,19 @@ def _open(path: Path, max_pixels: int) -> Image.Image:
 
 
 def image_size(path: Path, max_pixels: int = DEFAULT_MAX_PIXELS) -> tuple[int, int]:
-    """(width, height) as displayed, from the header alone."""
+    """(width, height) as displayed; from the header alone, except for formats that hide their rotation behind the pixels."""
     with _open(path, max_pixels) as image:
-        swapped = image.getexif().get(ExifTags.Base.Orientation) in _SWAPPED_ORIENTATIONS
+        try:
+            swapped = image.getexif().get(ExifTags.Base.Orientation) in _SWAPPED_ORIENTATIONS
+        except _DECODING_ERRORS as error:
+            raise _undecodable(path, error) from error
         return (image.height, image.width) if swapped else image.size
+
+
+def _undecodable(path: Path, error: Exception) -> UserError:
+    return UserError(
+        f"cannot decode {str(path)!r}: damaged or cut short ({error}); replace or remove it, or give --skip_bad_images"
+    )
 
 
 def _decoded(path: Path, max_pixels: int) -> Image.Image:
@@ -56,11 +62,8 @@ def _decoded(path: Path, max_pixels: int) -> Image.Image:
         try:
             image.load()
             return ImageOps.exif_transpose(image)
-        except (OSError, SyntaxError, ValueError, EOFError) as error:
-            raise UserError(
-                f"cannot decode {str(path)!r}: damaged or cut short ({error}); replace or remove it, "
-                "or give --skip_bad_images"
-            ) from error
+        except _DECODING_ERRORS as error:
+            raise _undecodable(path, error) from error
 
 
 def load_image(path: Path, max_pixels: int = DEFAULT_MAX_PIXELS) -> Image.Image:

@@ -31,14 +31,15 @@ PUBLISHED_COUNTS = {
     "zipper": (240, 32, 119),
 }
 GOOD = "good"
-_TREE = "<item>/train/good/*.png, <item>/test/<good or defect>/*.png, <item>/ground_truth/<defect>/<stem>_mask.png"
+_LISTED = 10
+TREE = "<item>/train/good/*.png, <item>/test/<good or defect>/*.png, <item>/ground_truth/<defect>/<stem>_mask.png"
 
 
 def discover_categories(root: Path) -> list[str]:
     """Names of the folders below `root` that hold a `train` folder, sorted."""
     found = sorted(folder.name for folder in root.iterdir() if (folder / "train").is_dir())
     if not found:
-        raise UserError(f"no category in {str(root)!r}: expected {_TREE}")
+        raise UserError(f"no category in {str(root)!r}: expected {TREE}")
     return found
 
 
@@ -46,7 +47,7 @@ def train_records(root: Path, item: str) -> list[Record]:
     """Good images of `<item>/train/good`; raises UserError if there are none."""
     folder = root / item / "train" / GOOD
     if not folder.is_dir():
-        raise UserError(f"no training images: {str(folder)!r} does not exist; expected {_TREE}")
+        raise UserError(f"no training images: {str(folder)!r} does not exist; expected {TREE}")
     images = list_images(folder)
     if not images:
         raise UserError(f"no training images: {str(folder)!r} holds no image file (png jpg jpeg bmp tif tiff webp)")
@@ -68,7 +69,7 @@ def test_records(root: Path, item: str, truth_optional: bool, allow_missing_mask
     if not folder.is_dir():
         if truth_optional:
             return []
-        raise UserError(f"no test images: {str(folder)!r} does not exist; expected {_TREE}")
+        raise UserError(f"no test images: {str(folder)!r} does not exist; expected {TREE}")
     truth = root / item / "ground_truth"
     demand_masks = not allow_missing_masks and not (truth_optional and not truth.is_dir())
     records: list[Record] = []
@@ -78,15 +79,16 @@ def test_records(root: Path, item: str, truth_optional: bool, allow_missing_mask
             records += [Record(path, 0, item) for path in images]
             continue
         masks = _masks_by_stem(truth / kind.name, images)
-        missing = [str(path) for path in images if path.stem not in masks]
+        missing = [path.name for path in images if path.stem not in masks]
         if missing and demand_masks:
             raise UserError(
-                f"{len(missing)} defective images have no mask {str(truth / kind.name)}/<stem>_mask.png, the first is "
-                f"{missing[0]!r}; add it or give --allow_missing_masks (pixel metrics on the rest)"
+                f"{len(missing)} defective images in {str(kind)!r} have no mask {str(truth / kind.name)}/<stem>_mask.png: "
+                f"{', '.join(missing[:_LISTED])}{' ...' if len(missing) > _LISTED else ''}; add them or give "
+                "--allow_missing_masks (pixel metrics on the rest)"
             )
         records += [Record(path, 1, item, (masks[path.stem],) if path.stem in masks else ()) for path in images]
     if not records:
-        raise UserError(f"no test images: {str(folder)!r} holds no folder with images; expected {_TREE}")
+        raise UserError(f"no test images: {str(folder)!r} holds no folder with images; expected {TREE}")
     return records
 
 
@@ -95,6 +97,9 @@ def _masks_by_stem(folder: Path, images: list[Path]) -> dict[str, Path]:
     if not folder.is_dir():
         return {}
     stems = {path.stem for path in images}
+    if len(stems) < len(images):
+        twins = sorted(path.name for path in images if [other.stem for other in images].count(path.stem) > 1)
+        raise UserError(f"two images share one stem in {str(images[0].parent)!r}: {twins[:4]}; rename one, as masks go by stem")
     masks: dict[str, Path] = {}
     for path in list_images(folder):
         stem = path.stem if path.stem in stems else path.stem.removesuffix("_mask")

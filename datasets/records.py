@@ -35,7 +35,7 @@ class Record:
 
 
 def check_mask_sizes(records: list[Record], max_pixels: int = DEFAULT_MAX_PIXELS) -> None:
-    """Raise UserError for the first mask whose size is not its image's; reads headers only."""
+    """Raise UserError for the first mask whose size is not its image's."""
     for record in records:
         for mask in record.masks:
             expected, found = image_size(record.path, max_pixels), image_size(mask, max_pixels)

@@ -8,6 +8,7 @@ prepare_environment() {
             return 2
         }
         "$base" -m venv .venv || {
+            rm -rf .venv
             echo "error: $base cannot make a virtual environment; install its venv module (Debian: python3-venv)" >&2
             return 2
         }

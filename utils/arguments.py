@@ -42,7 +42,10 @@ def base_parser(doc: str, save_name: str) -> argparse.ArgumentParser:
         "--crop_size", type=_number(int, 1), default=392, help="then cropped to this one, a multiple of the patch"
     )
     data.add_argument(
-        "--skip_bad_images", action="store_true", help="leave out undecodable images and list them in bad_images.csv"
+        "--skip_bad_images",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="leave out undecodable images, list them in bad_images.csv",
     )
 
     model = parser.add_argument_group("model")
@@ -102,8 +105,8 @@ def base_parser(doc: str, save_name: str) -> argparse.ArgumentParser:
     training.add_argument("--final_learning_rate", type=_number(float, 0), default=1e-4, help="at the end of the cosine")
     training.add_argument("--warmup_iters", type=_number(int, 0), help=f"default {DEFAULT_WARMUP}, at most a fifth of the run")
     training.add_argument("--weight_decay", type=_number(float, 0), default=1e-4)
-    training.add_argument("--gradient_clip", type=_number(float, 0), default=0.1, help="largest global gradient norm")
-    training.add_argument("--seed", type=int, default=1)
+    training.add_argument("--gradient_clip", type=_number(float, 1e-9), default=0.1, help="largest global gradient norm")
+    training.add_argument("--seed", type=_number(int, 0, 2**32 - 1), default=1)
     training.add_argument("--device", default="auto", metavar="auto|cpu|cuda[:i]")
     training.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
     training.add_argument("--num_workers", type=_number(int, 0), default=default_worker_count(), help="loader processes")
@@ -148,7 +151,12 @@ def add_data_arguments(group) -> None:
     group.add_argument("--data_path", metavar="FOLDER", help="root of the data set (ELPV: default is the installed package)")
     group.add_argument("--item", nargs="+", metavar="CATEGORY", help="default: all categories of the data set")
     group.add_argument("--max_pixels", type=_number(int, 1), default=DEFAULT_MAX_PIXELS, help="refuse larger images")
-    group.add_argument("--allow_missing_masks", action="store_true", help="pixel metrics on the images that have masks")
+    group.add_argument(
+        "--allow_missing_masks",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="pixel metrics on the images that have masks",
+    )
 
 
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
@@ -181,7 +189,7 @@ def _config_tokens(parser: argparse.ArgumentParser, path: Path) -> list[str]:
             raise UserError(f"--config {str(path)!r}: unknown setting {key!r}; {hint}")
         if value is None:
             continue
-        if isinstance(flags[key], argparse._StoreTrueAction):
+        if flags[key].nargs == 0:
             if not isinstance(value, bool):
                 raise UserError(f"--config {str(path)!r}: {key} must be true or false, found {value!r}")
             tokens += [f"--{key}"] if value else []

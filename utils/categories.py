@@ -7,8 +7,6 @@ from pathlib import Path
 from datasets.catalog import LAYOUTS, choose_items, data_root
 from datasets.check import shared_images, undecodable
 from datasets.records import Record, check_mask_sizes
-from utils.result_files import write_bad_images
-from utils.run_folder import RunFolder
 from utils.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -31,7 +29,8 @@ def list_data(settings: Settings) -> list[CategoryData]:
     root, layout = data_root(options.dataset, options.path), LAYOUTS[options.dataset]
     categories = []
     for item in choose_items(options.dataset, root, options.items):
-        train, test = layout.train(root, item), layout.test(root, item, options.allow_missing_masks)
+        train = layout.train(root, item) if settings.phase == "train" else []
+        test = layout.test(root, item, options.allow_missing_masks)
         bad = undecodable([*train, *test], options.max_pixels) if options.skip_bad_images else []
         skipped = {record for record, _ in bad}
         train, test = ([record for record in part if record not in skipped] for part in (train, test))
@@ -40,11 +39,11 @@ def list_data(settings: Settings) -> list[CategoryData]:
     return categories
 
 
-def log_data(run: RunFolder, category: CategoryData) -> None:
+def log_data(category: CategoryData) -> None:
     """Say how many images there are, and what is odd about them."""
     defective = sum(record.label for record in category.test)
     logger.info(
-        "%s: %d training images, %d good and %d defective test images",
+        "%s: %d images to train on, %d good and %d defective test images",
         category.item,
         len(category.train),
         len(category.test) - defective,
@@ -61,4 +60,3 @@ def log_data(run: RunFolder, category: CategoryData) -> None:
         logger.warning("%s: %d defective images have no mask and count for image metrics only", category.item, without_masks)
     if category.bad:
         logger.warning("%s: %d undecodable images skipped, see bad_images.csv", category.item, len(category.bad))
-        write_bad_images(run.item_folder(category.item) / "bad_images.csv", category.bad)

@@ -38,7 +38,7 @@ def atomic_write(path: Path, write: Callable[[IO[bytes]], None]) -> None:
         cause = _operating_system_error(error)
         if cause is None:
             raise
-        raise ResourceError(_explain(path, cause)) from error
+        raise ResourceError(explain_write_error(path, cause)) from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -58,7 +58,8 @@ def _operating_system_error(error: BaseException | None) -> OSError | None:
     return error
 
 
-def _explain(path: Path, error: OSError) -> str:
+def explain_write_error(path: Path, error: OSError) -> str:
+    """One sentence on why a file could not be written."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         with contextlib.suppress(OSError):
             free = shutil.disk_usage(path.parent).free / 1e6
@@ -68,16 +69,18 @@ def _explain(path: Path, error: OSError) -> str:
 
 def write_text(path: Path, text: str) -> None:
     """Atomic UTF-8 text file."""
-    atomic_write(path, lambda file: file.write(text.encode("utf-8")))
+    atomic_write(path, lambda file: file.write(text.encode("utf-8", "surrogateescape")))
 
 
 def save_checkpoint(path: Path, content: dict) -> None:
     """Save plain tensors and types atomically, with the format's name and the hash of `content["model"]`."""
+    model = {name: value.cpu() for name, value in content["model"].items()}  # so that any machine can open it
     complete = {
         "kind": _KIND,
         "format_version": FORMAT_VERSION,
         **content,
-        "model_sha256": state_sha256(content["model"]),
+        "model": model,
+        "model_sha256": state_sha256(model),
     }
     atomic_write(path, lambda file: torch.save(complete, file))
 

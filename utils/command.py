@@ -4,7 +4,10 @@ import argparse
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Sequence
+
+import torch
 
 from common.errors import CommandError, Interrupted
 from utils.arguments import parse
@@ -21,14 +24,14 @@ def run_command(parser: argparse.ArgumentParser, argv: Sequence[str] | None, wor
         return work(arguments)
     except CommandError as error:
         if getattr(arguments, "debug", False):
-            raise
+            traceback.print_exc()
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except Interrupted as stop:
         return stop.exit_code
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
-    except MemoryError:
+    except (MemoryError, torch.OutOfMemoryError):
         print("error: out of memory; lower --batch_size, or give --cache_features disk", file=sys.stderr)
         return 4
     except BrokenPipeError:  # the reader of our output went away, as `| head` does

@@ -130,10 +130,11 @@ def _teacher_reference(options: ModelOptions) -> str:
     return options.distillation_teacher or options.load_checkpoint
 
 
-def referenced_checkpoints(settings: Settings, item: str) -> list[Path]:
-    """All files a training of this category will read; raises UserError if one is absent."""
-    options = settings.model
-    references = [options.load_checkpoint] if options.load_checkpoint else []
+def check_referenced_checkpoints(settings: Settings, expected: dict) -> None:
+    """Open all models that a training of this category starts from; raises UserError as `open_checkpoint` does."""
+    options, item = settings.model, expected["item"]
+    if options.load_checkpoint:
+        path = checkpoint_path(settings, options.load_checkpoint, item)
+        open_checkpoint(path, expected, (options.stage - 1,), f"--clb_stage {options.stage}")
     if options.distillation_weight:
-        references.append(_teacher_reference(options))
-    return [checkpoint_path(settings, reference, item) for reference in references]
+        open_checkpoint(checkpoint_path(settings, _teacher_reference(options), item), expected, (0,), "--distill")

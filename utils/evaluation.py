@@ -1,7 +1,7 @@
 """From a trained detector to scores: the papers' evaluation protocol, step by step."""
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -31,6 +31,11 @@ class EvaluationOptions:
     smoothing_sigma: float = 4.0
     max_ratio: float = 0.01
     pro_mode: ProMode = "exact"
+
+    @classmethod
+    def from_config(cls, config: dict) -> "EvaluationOptions":
+        """The protocol of a stored configuration."""
+        return cls(**{field.name: config[field.name] for field in fields(cls)})
 
     def describe(self) -> str:
         """The protocol in one line."""

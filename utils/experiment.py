@@ -16,25 +16,25 @@ from models.build import build_encoder
 from models.detector import Detector
 from models.encoder import FrozenEncoder
 from utils.categories import CategoryData, list_data, log_data
-from utils.checkpoint import save_checkpoint
+from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.detectors import (
     Host,
+    check_referenced_checkpoints,
     description,
     open_checkpoint,
-    referenced_checkpoints,
     restore_detector,
     start_detector,
 )
 from utils.devices import autocast, choose_device, seed_everything
 from utils.evaluation import Evaluation, calibrate_scale, evaluate
-from utils.feature_cache import cache_features
+from utils.feature_cache import FeatureDataset, cache_features
 from utils.logs import log_to_file
 from utils.metrics import named
 from utils.pictures import write_contact_sheet
 from utils.report import format_metric, format_results, write_cost, write_run_report
-from utils.result_files import MetricsLog, write_scores
+from utils.result_files import MetricsLog, write_bad_images, write_scores
 from utils.run_folder import RunFolder
-from utils.settings import IDENTITY_KEYS, PROTOCOL_KEYS, Settings
+from utils.settings import IDENTITY_KEYS, MEASURING_KEYS, PROTOCOL_KEYS, Settings, changed_protocol
 from utils.tables import format_cost
 from utils.training import ShuffledBatches, fit
 
@@ -65,7 +65,6 @@ def run_per_category(settings: Settings, host: Host) -> int:
     if settings.phase == "train":
         for category in categories:
             settings.training_for(category.item, len(category.train))
-            referenced_checkpoints(settings, category.item)
     model = settings.model
     encoder = build_encoder(model.encoder, settings.data.crop_size, model.encoder_weights, model.position_embedding)
     experiment = Experiment(settings, host, RunFolder(settings.run_path), encoder, device)
@@ -78,92 +77,116 @@ def run_per_category(settings: Settings, host: Host) -> int:
 
 def _train(experiment: Experiment, categories: list[CategoryData]) -> RunFolder:
     """Train and evaluate every category that is not finished; returns the folder with the results."""
-    settings, run, encoder = experiment.settings, experiment.run, experiment.encoder
+    settings, run = experiment.settings, experiment.run
+    for category in categories:
+        check_referenced_checkpoints(settings, experiment.description(category.item))
     with run.lock():
-        run.claim(settings.config, (*IDENTITY_KEYS, *PROTOCOL_KEYS), settings.overwrite)
-        _check_untouched(experiment, categories)
-        run.write_yaml("config.yaml", settings.config)
-        run.write_environment(encoder.source, encoder.weights_sha256, settings.training.seed)
+        replaces_another = run.claim(
+            settings.config, (*IDENTITY_KEYS, *PROTOCOL_KEYS), experiment.encoder.weights_sha256, settings.overwrite
+        )
+        if not replaces_another:
+            _check_untouched(experiment, categories)
         with log_to_file(run.path / "log.txt"):
-            logger.info("run folder: %s", run.path)
-            logger.info("encoder: %s from %s (sha256 %s)", encoder.name, encoder.source, encoder.weights_sha256[:16])
-            logger.info("evaluation: %s", settings.evaluation.describe())
+            _log_start(experiment)
             for category in categories:
                 if settings.resume and category.item in run.rows():
                     path = run.item_folder(category.item) / "model.pth"
                     open_checkpoint(path, experiment.description(category.item), (settings.model.stage,), "--resume")
                     logger.info("%s: already finished, skipped (--resume)", category.item)
-                else:
-                    _train_category(experiment, category)
-        write_run_report(run.path)
+                    continue
+                _train_category(experiment, category, replaces_another)
+                replaces_another = False
+                write_run_report(run.path)
     return run
 
 
-def _train_category(experiment: Experiment, category: CategoryData) -> None:
+def _train_category(experiment: Experiment, category: CategoryData, replaces_another: bool) -> None:
+    """Train, save and evaluate one model; what an earlier run left is deleted only when all that can fail early is done."""
     settings, run, item = experiment.settings, experiment.run, category.item
-    if not settings.resume:
-        run.forget_item(item)
-    log_data(run, category)
+    log_data(category)
     seed_everything(settings.training.seed)
     expected = experiment.description(item)
     detector = start_detector(settings, expected, experiment.encoder, experiment.host, experiment.device)
-    write_cost(run.path / "cost.json", log_cost(detector, settings.data.crop_size))
     train_data = _prepared(settings, category.train, detector, f"{item} train")
     test_data = _prepared(settings, category.test, detector, f"{item} test")
-    log = MetricsLog(run.path / "metrics.jsonl", item)
-    _fit(settings, run, detector, train_data, expected, log)
-    calibration = _calibrated_scale(settings, detector, train_data, item)
-    content = {"model": detector.trained_state(), **expected, "calibration": calibration}
-    save_checkpoint(run.item_folder(item) / "model.pth", content)
+
+    if replaces_another:
+        run.clear()
+    if not settings.resume:
+        run.forget_item(item)
+    run.write_yaml("config.yaml", settings.config)
+    run.write_environment(experiment.encoder, experiment.device, settings.training.seed)
+    write_cost(run.path / "cost.json", log_cost(detector, settings.data.crop_size))
+    model, log = run.item_folder(item) / "model.pth", MetricsLog(run.path / "metrics.jsonl", item)
+    if model.is_file() and not (run.item_folder(item) / "last.pth").is_file():
+        content = open_checkpoint(model, expected, (settings.model.stage,), "--resume")
+        detector = restore_detector(content, model, experiment.encoder, experiment.host).to(experiment.device)
+        logger.info("%s: already trained, only evaluated (--resume)", item)
+    else:
+        _fit(settings, run, detector, train_data, expected, log)
+        content = {
+            "model": detector.trained_state(),
+            **expected,
+            "calibration": _calibrated_scale(settings, detector, train_data, item),
+        }
+        save_checkpoint(model, content)
     evaluation = _evaluate(settings, detector, test_data, item)
-    log.append("evaluation", mean_gate=evaluation.mean_gate, **named(evaluation.metrics(settings.evaluation.pro_mode)))
-    _report_category(settings, run, item, evaluation, calibration)
+    metrics = named(evaluation.metrics(settings.evaluation.pro_mode))
+    log.append("evaluation", mean_gate=evaluation.mean_gate, **metrics)
+    _report_category(settings, run, category, evaluation, metrics, content["calibration"])
     (run.item_folder(item) / "last.pth").unlink(missing_ok=True)  # finished: model.pth and its row are on disk
 
 
 def _test(experiment: Experiment, categories: list[CategoryData]) -> RunFolder:
-    """Evaluate `model.pth` of every category; another protocol than the training's gets a folder of its own."""
+    """Evaluate `model.pth` of every category; anything measured otherwise than in training gets a folder of its own."""
     settings, run, stage = experiment.settings, experiment.run, experiment.settings.model.stage
     stored = run.stored_config()
     if stored is None:
         raise UserError(
             f"no run to test: {str(run.path)!r} does not exist; train it first, or correct --save_dir and --save_name"
         )
-    changed = [f"{key}={settings.config[key]}" for key in PROTOCOL_KEYS if stored.get(key) != settings.config[key]]
-    if settings.model.forced_gate is not None:
-        changed.append(f"gate={settings.model.forced_gate:g}")
+    models = {category.item: run.item_folder(category.item) / "model.pth" for category in categories}
+    for item, path in models.items():
+        open_checkpoint(path, experiment.description(item), (stage,), f"--clb_stage {stage}")
+    changed = changed_protocol(stored, settings)
     output = RunFolder(run.path / "_".join(["test", *changed])) if changed else run
-    logger.info("evaluation: %s", settings.evaluation.describe())
     with run.lock():
-        for category in categories:
-            path = run.item_folder(category.item) / "model.pth"
-            content = open_checkpoint(path, experiment.description(category.item), (stage,), f"--clb_stage {stage}")
-            detector = restore_detector(content, path, experiment.encoder, experiment.host).to(experiment.device)
-            force_gates(detector, settings.model.forced_gate)
-            data = _prepared(settings, category.test, detector, f"{category.item} test")
-            evaluation = _evaluate(settings, detector, data, category.item)
-            _report_category(settings, output, category.item, evaluation, content["calibration"])
-        write_run_report(output.path, training_folder=run.path)
+        if changed:
+            output.write_yaml("config.yaml", {**stored, **{key: settings.config[key] for key in MEASURING_KEYS}})
+        with log_to_file(output.path / "log.txt"):
+            _log_start(experiment)
+            for category in categories:
+                log_data(category)
+                path = models[category.item]
+                content = load_checkpoint(path)
+                detector = restore_detector(content, path, experiment.encoder, experiment.host).to(experiment.device)
+                force_gates(detector, settings.model.forced_gate)
+                data = _prepared(settings, category.test, detector, f"{category.item} test")
+                evaluation = _evaluate(settings, detector, data, category.item)
+                metrics = named(evaluation.metrics(settings.evaluation.pro_mode))
+                _report_category(settings, output, category, evaluation, metrics, content["calibration"])
+                write_run_report(output.path, training_folder=run.path)
     return output
 
 
+def _log_start(experiment: Experiment) -> None:
+    settings, encoder = experiment.settings, experiment.encoder
+    logger.info("run folder: %s, phase %s, device %s", experiment.run.path, settings.phase, experiment.device)
+    logger.info("encoder: %s from %s (sha256 %s)", encoder.name, encoder.source, encoder.weights_sha256[:16])
+    logger.info("evaluation: %s", settings.evaluation.describe())
+
+
 def _check_untouched(experiment: Experiment, categories: list[CategoryData]) -> None:
-    """Without --overwrite nothing that an earlier run trained is touched or mixed with models of other encoder weights."""
-    settings, run, encoder = experiment.settings, experiment.run, experiment.encoder
-    if settings.overwrite:
+    """Without --resume or --overwrite nothing that an earlier run trained is touched."""
+    settings, run = experiment.settings, experiment.run
+    if settings.resume or settings.overwrite:
         return
-    earlier = run.environment().get("encoder_sha256", encoder.weights_sha256)
-    if earlier != encoder.weights_sha256:
-        raise UserError(
-            f"{str(run.path)!r} was trained with other weights of {encoder.name} (sha256 {earlier[:16]} there, "
-            f"{encoder.weights_sha256[:16]} here); choose another --save_name, or give --overwrite"
-        )
     trained = [
         category.item
         for category in categories
         if any((run.item_folder(category.item) / name).exists() for name in ("model.pth", "last.pth"))
     ]
-    if trained and not settings.resume:
+    if trained:
         raise UserError(
             f"{str(run.path)!r} already holds training of {' '.join(trained)}; give --resume to go on (finished categories "
             "are skipped) or --overwrite to train them anew"
@@ -221,7 +244,8 @@ def _fit(settings: Settings, run: RunFolder, detector: Detector, data: Dataset, 
     calibrated = calibrate(detector, first_batch)
     if calibrated:
         logger.info("%s: thresholds and scales of %d binary layers set from the first batch", item, calibrated)
-    identity = {**expected, "image_count": len(data), "total_iterations": options.total_iterations}
+    features = "float16" if isinstance(data, FeatureDataset) else "not cached"
+    identity = {**expected, "image_count": len(data), "total_iterations": options.total_iterations, "features": features}
     fit(detector, data, options, run.item_folder(item), identity, log, settings.resume)
 
 
@@ -236,14 +260,25 @@ def _calibrated_scale(settings: Settings, detector: Detector, data: Dataset, ite
     return calibrate_scale(_evaluate(settings, detector, Subset(data, range(0, len(data), step)), f"{item} train"))
 
 
-def _report_category(settings: Settings, output: RunFolder, item: str, evaluation: Evaluation, calibration: dict) -> None:
+def _report_category(
+    settings: Settings,
+    output: RunFolder,
+    category: CategoryData,
+    evaluation: Evaluation,
+    metrics: dict[str, float | None],
+    calibration: dict[str, float],
+) -> None:
     """Scores and pictures of a category, then its row: what has a row is complete."""
+    item, folder = category.item, output.item_folder(category.item)
     rows = zip(evaluation.paths, evaluation.labels.tolist(), evaluation.scores.tolist(), strict=True)
-    folder = output.item_folder(item)
     write_scores(folder / "scores.csv", ((path, item, label, score) for path, label, score in rows))
+    if category.bad:
+        write_bad_images(folder / "bad_images.csv", category.bad)
+    empty = (evaluation.labels == 1) & evaluation.has_pixel_truth & ~evaluation.masks.any(axis=(1, 2))
+    if empty.any():
+        logger.warning("%s: %d defective images have a mask that marks nothing within the crop", item, empty.sum())
     if evaluation.paths:
         write_contact_sheet(folder / "maps" / "contact_sheet.jpg", evaluation, calibration, settings.data)
-    metrics = named(evaluation.metrics(settings.evaluation.pro_mode))
     root = data_root(settings.data.dataset, settings.data.path)
     output.add_row(item, metrics, LAYOUTS[settings.data.dataset].categories(root))
     logger.info("%s: %s", item, ", ".join(f"{name} {format_metric(value)}" for name, value in metrics.items()))

@@ -26,6 +26,7 @@ from utils.loading import loaded_batches
 
 logger = logging.getLogger(__name__)
 
+_FORMAT = 1  # raise it when decoding, transforms or the stored numbers change
 _LARGEST_SHARE = 0.5  # of the free disk or memory that "auto" may take
 
 
@@ -75,9 +76,10 @@ def cache_features(
     if mode == "off" or not len(images):
         return images
     path = folder / f"{_key(images, identity)}.npy"
-    if mode != "ram" and path.is_file():
+    found = _read(path, len(images)) if mode != "ram" and path.is_file() else None
+    if found is not None:
         logger.info("feature cache: %s: %d images found in %s", description, len(images), path)
-        return FeatureDataset(images, np.load(path, mmap_mode="r"))
+        return FeatureDataset(images, found)
     shape = (len(images), *encode(images.image(0).unsqueeze(0)).shape[1:])
     size = 2 * int(np.prod(shape))
     place = _choose_place(mode, size, folder)
@@ -108,12 +110,24 @@ def cache_features(
     return FeatureDataset(images, features)
 
 
+def _read(path: Path, count: int) -> np.ndarray | None:
+    """A complete cache file, or None for a damaged one."""
+    try:
+        features = np.load(path, mmap_mode="r")
+        if len(features) == count and features.dtype == np.float16:
+            return features
+    except (OSError, ValueError):
+        pass
+    logger.warning("feature cache: %s is damaged and is made anew", path)
+    return None
+
+
 def _key(images: ImageDataset, identity: dict) -> str:
     files = []
     for record in images.records:
         status = record.path.stat()
         files.append((str(record.path.resolve()), status.st_size, status.st_mtime_ns))
-    content = {**identity, "input_size": images.input_size, "crop_size": images.crop_size, "files": files}
+    content = {**identity, "format": _FORMAT, "input_size": images.input_size, "crop_size": images.crop_size, "files": files}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
 
 

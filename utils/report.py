@@ -11,6 +11,7 @@ import yaml
 
 from binarize.cost import Cost
 from utils.checkpoint import write_text
+from utils.evaluation import EvaluationOptions
 from utils.metrics import METRIC_NAMES, mean_metrics
 from utils.result_files import Row, read_metrics, read_results
 from utils.tables import format_cost, format_rows
@@ -90,12 +91,15 @@ def _page(sections: list[str]) -> str:
 
 
 def _run_section(folder: Path, training_folder: Path) -> str:
-    config = yaml.safe_load((training_folder / "config.yaml").read_text())
+    own = folder / "config.yaml"
+    config = yaml.safe_load((own if own.is_file() else training_folder / "config.yaml").read_text())
+    environment = json.loads((training_folder / "env.json").read_text())
     rows, cost = read_results(folder / "results.csv"), read_cost(training_folder / "cost.json")
     parts = [
         f"<h1>{html.escape(folder.name)}</h1>",
-        f'<p class="note">CLB stage {config["clb_stage"]} · {html.escape(config["encoder"])} · '
-        f"crop {config['crop_size']} px · seed {config['seed']} · percent; n/a where a metric is not defined</p>",
+        f'<p class="note">CLB stage {config["clb_stage"]} · {html.escape(config["encoder"])}, weights: '
+        f"{html.escape(environment['encoder_source'])} · crop {config['crop_size']} px · seed {config['seed']}<br>"
+        f"{html.escape(EvaluationOptions.from_config(config).describe())}; percent, n/a where a metric is not defined</p>",
         _table(result_rows(rows)),
     ]
     if cost:

@@ -8,9 +8,9 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from common.errors import UserError
+from common.errors import ResourceError, UserError
 from datasets.records import Record
-from utils.checkpoint import write_text
+from utils.checkpoint import explain_write_error, write_text
 from utils.metrics import METRIC_NAMES, mean_metrics
 
 logger = logging.getLogger(__name__)
@@ -101,11 +101,14 @@ class MetricsLog:
 
     def append(self, kind: str, **values) -> None:
         """Append one line and flush it to the disk."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"item": self.item, "kind": kind, **values}) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"item": self.item, "kind": kind, **values}) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise ResourceError(explain_write_error(self.path, error)) from error
 
     def truncate(self, iteration: int) -> None:
         """Drop this category's lines after an iteration: they will be written again."""

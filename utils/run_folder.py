@@ -18,10 +18,13 @@ import torch
 import yaml
 
 from common.errors import ResourceError, UserError
+from models.encoder import FrozenEncoder
 from utils.checkpoint import write_text
 from utils.result_files import MetricsLog, Row, read_results, write_results
 
 logger = logging.getLogger(__name__)
+
+_NOT_A_RUN = ("run.lock", "log.txt")
 
 
 def run_folder_name(save_name: str, dataset: str, encoder: str, input_size: int, crop_size: int, prototype_count: int) -> str:
@@ -63,8 +66,8 @@ class RunFolder:
             )
         return stored
 
-    def claim(self, config: dict, identity_keys: Iterable[str], overwrite: bool) -> None:
-        """Check that this configuration may write here; with `overwrite` delete a run of another one.
+    def claim(self, config: dict, identity_keys: Iterable[str], encoder_sha256: str, overwrite: bool) -> bool:
+        """Check that this configuration may write here; true if the folder holds another run, to be deleted first.
 
         Raises:
             UserError: it holds a run with another value of an identity key, and `overwrite` is not given or the other
@@ -72,14 +75,17 @@ class RunFolder:
             ResourceError: it cannot be written.
         """
         stored = self.stored_config()
-        if stored is None and self.path.is_dir() and any(child.name != "run.lock" for child in self.path.iterdir()):
+        if stored is None and self.path.is_dir() and any(child.name not in _NOT_A_RUN for child in self.path.iterdir()):
             raise UserError(f"{str(self.path)!r} exists and is no run folder (no config.yaml); choose another --save_name")
         if stored is not None:
             differences = [
-                f"{key} {stored.get(key)!r} there, {config[key]!r} here"
+                f"{key} {stored[key]!r} there, {config[key]!r} here"
                 for key in identity_keys
-                if stored.get(key) != config[key]
+                if key in stored and stored[key] != config[key]
             ]
+            earlier = self.environment().get("encoder_sha256", encoder_sha256)
+            if earlier != encoder_sha256:
+                differences.append(f"encoder weights of sha256 {earlier[:16]} there, {encoder_sha256[:16]} here")
             if stored.get("clb_stage") != config["clb_stage"]:
                 raise UserError(
                     f"{str(self.path)!r} holds CLB stage {stored.get('clb_stage')}, this command trains stage "
@@ -90,12 +96,13 @@ class RunFolder:
                     f"{str(self.path)!r} holds another run: {'; '.join(differences)}; choose another --save_name, or give "
                     "--overwrite to delete that run"
                 )
-            if differences:
-                self._clear()
+            return bool(differences)
+        return False
 
-    def _clear(self) -> None:
+    def clear(self) -> None:
+        """Delete the run but its log."""
         for child in self.path.iterdir():
-            if child.name in ("run.lock", "log.txt"):
+            if child.name in _NOT_A_RUN:
                 continue
             shutil.rmtree(child) if child.is_dir() else child.unlink()
 
@@ -143,8 +150,8 @@ class RunFolder:
         """Atomic YAML file."""
         write_text(self.path / name, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
 
-    def write_environment(self, encoder_source: str, encoder_sha256: str, seed: int) -> None:
-        """`env.json`: versions, machine, code state, command line, encoder, seed."""
+    def write_environment(self, encoder: FrozenEncoder, device: torch.device, seed: int) -> None:
+        """`env.json`: versions, machine, device, code state, command line, encoder, seed."""
         content = {
             "command": sys.argv,
             "python": platform.python_version(),
@@ -156,8 +163,9 @@ class RunFolder:
             "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
             "commit": _commit(),
             "seed": seed,
-            "encoder_source": encoder_source,
-            "encoder_sha256": encoder_sha256,
+            "device": str(device),
+            "encoder_source": encoder.source,
+            "encoder_sha256": encoder.weights_sha256,
         }
         write_text(self.path / "env.json", json.dumps(content, indent=2) + "\n")
 

@@ -12,9 +12,11 @@ from utils.optim import warmup_length
 from utils.run_folder import check_plain_name, run_folder_name
 from utils.training import TrainingOptions, iterations_of
 
+# what a command does with a run, not what the run is
+_NOT_STORED = ("config", "default_save_name", "quiet", "debug", "phase", "resume", "overwrite", "force_gate")
 STAGE_SUFFIXES = {0: "-FP", 1: "", 2: "-CLB2"}
 _LOG_EVERY = 10
-# A run folder and its checkpoints belong to one choice of these; the other flags do not change what is trained.
+# A run folder and its checkpoints belong to one choice of these.
 IDENTITY_KEYS = (
     "dataset", "encoder", "pos_embed", "input_size", "crop_size", "INP_num", "clb_stage", "load_checkpoint", "act_bits", "sab",
     "weight_gradient", "activation_gradient", "distill", "distill_teacher", "total_epochs", "total_iters", "batch_size",
@@ -29,6 +31,9 @@ PROTOCOL_KEYS = (
     "pro_mode",
     "allow_missing_masks",
 )
+
+# what a test may measure otherwise than the training did
+MEASURING_KEYS = (*PROTOCOL_KEYS, "precision", "skip_bad_images", "data_path")
 
 
 @dataclass(frozen=True)
@@ -98,17 +103,33 @@ class Settings:
     def training_for(self, item: str, image_count: int) -> TrainingOptions:
         """Training options with the iterations of this category's image count filled in."""
         epochs, iterations = self.config["total_epochs"], self.config["total_iters"]
+        if not image_count:
+            raise UserError(f"{item} has no usable training image left; run `python -m scripts.check_dataset` to see why")
         per_epochs = iterations_of(epochs, image_count, self.training.batch_size, item)
         total = iterations or per_epochs
         warmup = warmup_length(total) if self.config["warmup_iters"] is None else self.config["warmup_iters"]
         return replace(self.training, total_iterations=total, warmup=warmup)
 
 
+def changed_protocol(stored: dict, settings: Settings) -> list[str]:
+    """`key=value` of everything that this test measures otherwise than the run's training, fit for a folder name."""
+    changed = []
+    for key in MEASURING_KEYS:
+        value = settings.config[key]
+        if key == "data_path" and value is not None and stored.get(key) is not None:
+            if Path(value).resolve() == Path(stored[key]).resolve():
+                continue
+            value = Path(value).resolve().name
+        if stored.get(key) != value:
+            changed.append(f"{key}={value}")
+    if settings.model.forced_gate is not None:
+        changed.append(f"gate={settings.model.forced_gate:g}")
+    return changed
+
+
 def settings_of(arguments: argparse.Namespace) -> Settings:
     """Check flags against each other and sort them into dataclasses; raises UserError for a combination that cannot work."""
-    config = {
-        key: value for key, value in vars(arguments).items() if key not in ("config", "default_save_name", "quiet", "debug")
-    }
+    config = {key: value for key, value in vars(arguments).items() if key not in _NOT_STORED}
     config["save_name"] = check_plain_name(
         arguments.save_name or arguments.default_save_name + STAGE_SUFFIXES[arguments.clb_stage], "--save_name"
     )
@@ -188,8 +209,10 @@ def _check_combinations(arguments: argparse.Namespace) -> None:
         )
     if arguments.resume and arguments.overwrite:
         raise UserError("--resume continues a run and --overwrite deletes it; give one of them")
-    if arguments.force_gate is not None and training:
-        raise UserError("--force_gate is for --phase test")
+    if arguments.force_gate is not None and (training or stage == 0 or arguments.sab == "off"):
+        raise UserError("--force_gate is for --phase test of a model with gates (stage 1 or 2, --sab mixed or binary)")
+    if arguments.distill_teacher and not arguments.distill and training:
+        raise UserError("--distill_teacher does nothing without --distill WEIGHT; give both")
     if stage == 0 and arguments.load_checkpoint and training:
         raise UserError("--clb_stage 0 trains the float network from scratch and takes no --load_checkpoint; leave it out")
     if stage == 2 and not arguments.load_checkpoint and training:
