@@ -33,7 +33,7 @@ def result_comparison(folders: list[Path]) -> str:
 
 def cost_comparison(folders: list[Path]) -> str:
     """Counted cost of every run: megabytes and MACs, decoder side and whole model."""
-    rows = [("run", *(f"{scope} {unit}" for scope in _SCOPES for unit in ("MB", "ratio", "GMAC at 1/64", "ratio")))]
+    rows = [("run", *(cell for scope in _SCOPES for cell in (f"{scope}: MB", "ratio", "GMAC", "ratio")))]
     for folder in folders:
         table = read_cost(folder / "cost.json")
         cells = [RunFolder(folder).stored_config()["save_name"]]
@@ -66,7 +66,7 @@ def compare(arguments: argparse.Namespace) -> int:
     )
     summary = (
         f"{result_comparison(folders)}\n\npercent; n/a: not defined (no masks, or one class only)\n{protocol}\n\n"
-        f"{cost_comparison(folders)}\n\ncounted, not measured: a binary MAC at 1/64 of a float MAC, a binary weight as one bit"
+        f"{cost_comparison(folders)}\n\ncost is counted, not measured: a binary MAC at 1/64 of a float MAC, a binary weight as one bit"
     )
     print(summary)
     write_comparison(arguments.html, folders, summary)

@@ -18,6 +18,7 @@ from utils.tables import format_cost, format_rows
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 1500px; padding: 0 1rem; color: #222 }
+h1 { font-size: 1.4rem; overflow-wrap: anywhere }
 table { border-collapse: collapse; margin: 1rem 0 }
 td, th { padding: .25rem .8rem; text-align: right; border-bottom: 1px solid #ddd }
 td:first-child, th:first-child { text-align: left } pre { background: #f6f6f6; padding: 1rem; overflow-x: auto }
