@@ -38,21 +38,21 @@ class CrossAttention(nn.Module):
         self.kv = nn.Linear(dim, 2 * dim)
         self.proj = nn.Linear(dim, dim)
 
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """What each head makes of its projections, all (B, h, tokens, d)."""
+        return F.scaled_dot_product_attention(query, key, value)
+
     def forward(self, queries: Tensor, tokens: Tensor) -> Tensor:
         query = split_heads(self.q(queries), self.num_heads)
         key, value = (split_heads(part, self.num_heads) for part in self.kv(tokens).chunk(2, dim=-1))
-        return self.proj(merge_heads(F.scaled_dot_product_attention(query, key, value)))
+        return self.proj(merge_heads(self.attend(query, key, value)))
 
 
-class PrototypeAttention(nn.Module):
+class PrototypeAttention(CrossAttention):
     """Attention of tokens over prototypes by ReLU(s * cosine): no softmax, no row normalisation (INP-Former, decoder)."""
 
     def __init__(self, dim: int, num_heads: int):
-        super().__init__()
-        self.num_heads = num_heads
-        self.q = nn.Linear(dim, dim)
-        self.kv = nn.Linear(dim, 2 * dim)
-        self.proj = nn.Linear(dim, dim)
+        super().__init__(dim, num_heads)
         self.learn_scale = nn.Parameter(ones(num_heads, 1, 1))
 
     def attention_map(self, query: Tensor, key: Tensor) -> Tensor:
@@ -60,10 +60,8 @@ class PrototypeAttention(nn.Module):
         cosine = F.normalize(query, dim=-1) @ F.normalize(key, dim=-1).transpose(-2, -1)
         return F.relu(self.learn_scale * cosine)
 
-    def forward(self, tokens: Tensor, prototypes: Tensor) -> Tensor:
-        query = split_heads(self.q(tokens), self.num_heads)
-        key, value = (split_heads(part, self.num_heads) for part in self.kv(prototypes).chunk(2, dim=-1))
-        return self.proj(merge_heads(self.attention_map(query, key) @ value))
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return self.attention_map(query, key) @ value
 
 
 class PrototypeExtractorBlock(nn.Module):

@@ -66,7 +66,8 @@ def compare(arguments: argparse.Namespace) -> int:
     )
     summary = (
         f"{result_comparison(folders)}\n\npercent; n/a: not defined (no masks, or one class only)\n{protocol}\n\n"
-        f"{cost_comparison(folders)}\n\ncost is counted, not measured: a binary MAC at 1/64 of a float MAC, a binary weight as one bit"
+        f"{cost_comparison(folders)}\n\n"
+        "cost is counted, not measured: a binary MAC at 1/64 of a float MAC, a binary weight as one bit"
     )
     print(summary)
     write_comparison(arguments.html, folders, summary)
