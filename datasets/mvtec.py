@@ -47,7 +47,10 @@ def train_records(root: Path, item: str) -> list[Record]:
     """Good images of `<item>/train/good`; raises UserError if there are none."""
     folder = root / item / "train" / GOOD
     if not folder.is_dir():
-        raise UserError(f"no training images: {str(folder)!r} does not exist; expected {TREE}")
+        raise UserError(
+            f"no training images: {str(folder)!r} does not exist; expected {TREE}; with only some categories at hand name "
+            "them with --item"
+        )
     images = list_images(folder)
     if not images:
         raise UserError(f"no training images: {str(folder)!r} holds no image file (png jpg jpeg bmp tif tiff webp)")
