@@ -70,7 +70,7 @@ def run_per_category(settings: Settings, host: Host) -> int:
     experiment = Experiment(settings, host, RunFolder(settings.run_path), encoder, device)
     work = _train if settings.phase == "train" else _test
     output = work(experiment, categories)
-    logger.info("results of %s\n%s", output.path, format_results(output.rows()))
+    print(format_results(output.rows()))
     print(f"report: {output.path / 'report.html'}")
     return 0
 
