@@ -164,7 +164,7 @@ def test_masks_are_optional_in_a_folder_only(tmp_path):
     root = make_mvtec(tmp_path, masks=False)
     records = LAYOUTS["Folder"].test(root, "bottle", False)
     assert [record.has_pixel_truth for record in records] == [True] * 3 + [False] * 3
-    with pytest.raises(UserError, match="3 defective images in .* have no mask"):
+    with pytest.raises(UserError, match=r"3 defective images in .* have no mask"):
         LAYOUTS["MVTec-AD"].test(root, "bottle", False)
 
 
