@@ -11,10 +11,9 @@ python Binary_INP_Single_Class.py --dataset Folder --data_path my_parts --encode
 import sys
 from collections.abc import Sequence
 
-from models.build import build_inp_former
 from utils.arguments import base_parser
 from utils.command import run_command
-from utils.detectors import Host
+from utils.detectors import INP_FORMER
 from utils.experiment import run_per_category
 from utils.settings import settings_of
 
@@ -22,8 +21,7 @@ from utils.settings import settings_of
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     parser = base_parser(__doc__, save_name="INP-Former-Single-Class")
-    host = Host("INP-Former", build_inp_former)
-    return run_command(parser, argv, lambda arguments: run_per_category(settings_of(arguments), host))
+    return run_command(parser, argv, lambda arguments: run_per_category(settings_of(arguments), INP_FORMER))
 
 
 if __name__ == "__main__":

@@ -233,4 +233,4 @@ def test_scale_of_normal_images():
     ordered = np.sort(evaluation.maps, axis=None).astype(float)
     assert scale["map_median"] == pytest.approx(ordered[len(ordered) // 2], abs=1e-5)
     assert scale["map_limit"] == pytest.approx(ordered[int(0.999 * len(ordered))], abs=1e-5)
-    assert scale["score_maximum"] == max(evaluation.scores.tolist())
+    assert scale["scores"] == sorted(evaluation.scores.tolist())

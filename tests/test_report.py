@@ -16,7 +16,7 @@ from utils.report import format_results
 from utils.result_files import MetricsLog, read_metrics, read_results, write_results, write_scores
 from utils.settings import DataOptions
 
-CALIBRATION = {"map_median": 0.1, "map_limit": 0.3, "score_maximum": 0.4}
+CALIBRATION = {"map_median": 0.1, "map_limit": 0.3}
 FULL = dict.fromkeys(METRIC_NAMES, 0.98765)
 
 

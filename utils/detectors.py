@@ -10,6 +10,7 @@ import torch
 from binarize.linear import BinarizationOptions
 from binarize.stages import binarize
 from common.errors import UserError
+from models.build import build_encoder, build_inp_former
 from models.detector import Detector
 from models.encoder import FrozenEncoder
 from utils.checkpoint import load_checkpoint
@@ -25,6 +26,9 @@ class Host:
     name: str
     build: Callable[[FrozenEncoder, int], Detector]
 
+
+INP_FORMER = Host("INP-Former", build_inp_former)
+HOSTS = {host.name: host for host in (INP_FORMER,)}
 
 # What a checkpoint and the command that reads it must agree on; the last four only once a stage is binary.
 _SHARED_KEYS = (
@@ -100,6 +104,25 @@ def restore_detector(content: dict, path: Path, encoder: FrozenEncoder, host: Ho
     except RuntimeError as error:
         raise UserError(f"wrong model: the tensors in {str(path)!r} do not fit; {' '.join(str(error).split())}") from error
     return detector
+
+
+def load_detector(path: Path, encoder_weights: str | None) -> tuple[Detector, dict]:
+    """The detector of a `model.pth` with the encoder it was trained on, and the checkpoint's content.
+
+    Raises:
+        UserError: the file is no usable model, or the encoder's weights cannot be had or are others than in training.
+    """
+    content = load_checkpoint(path)
+    config = content["config"]
+    if content.get("host") not in HOSTS:
+        raise UserError(f"unknown host: {str(path)!r} holds a {content.get('host')!r}, known are {' '.join(HOSTS)}")
+    encoder = build_encoder(content["encoder"], config["crop_size"], encoder_weights, config["pos_embed"])
+    if encoder.weights_sha256 != content["encoder_sha256"]:
+        raise UserError(
+            f"wrong encoder: {str(path)!r} was trained on {content['encoder']} of sha256 {content['encoder_sha256'][:16]}, "
+            f"{encoder.source} has {encoder.weights_sha256[:16]}; give --encoder_weights FILE with the weights of the training"
+        )
+    return restore_detector(content, path, encoder, HOSTS[content["host"]]).eval(), content
 
 
 def start_detector(settings: Settings, expected: dict, encoder: FrozenEncoder, host: Host, device: torch.device) -> Detector:

@@ -153,13 +153,13 @@ def _map_in_memory(detector: Detector, inputs: Tensor) -> Tensor:
     return torch.cat([_map_in_memory(detector, half) for half in inputs.chunk(2)])
 
 
-def calibrate_scale(evaluation: Evaluation) -> dict[str, float]:
+def calibrate_scale(evaluation: Evaluation) -> dict[str, float | list[float]]:
     """What normal looks like, from maps and scores of training images: the fixed scale of heat maps and thresholds.
 
-    `map_median` and `map_limit` (99.9 %) of all pixels; `score_maximum` of all images.
+    `map_median` and `map_limit` (99.9 %) of all pixels; `scores` of all images, ascending.
     """
     return {
         "map_median": float(np.median(evaluation.maps)),
         "map_limit": float(np.quantile(evaluation.maps, 0.999)),
-        "score_maximum": float(evaluation.scores.max()),
+        "scores": sorted(map(float, evaluation.scores)),
     }

@@ -128,6 +128,7 @@ def _train_category(experiment: Experiment, category: CategoryData, replaces_ano
             "model": detector.trained_state(),
             **expected,
             "calibration": _calibrated_scale(settings, detector, train_data, item),
+            "protocol": {key: settings.config[key] for key in PROTOCOL_KEYS},
         }
         save_checkpoint(model, content)
     evaluation = _evaluate(settings, detector, test_data, item)
@@ -254,7 +255,7 @@ def _evaluate(settings: Settings, detector: Detector, data: Dataset, name: str) 
     return evaluate(detector, data, settings.evaluation, training.batch_size, training.num_workers, training.precision, name)
 
 
-def _calibrated_scale(settings: Settings, detector: Detector, data: Dataset, item: str) -> dict[str, float]:
+def _calibrated_scale(settings: Settings, detector: Detector, data: Dataset, item: str) -> dict[str, float | list[float]]:
     """What maps of normal images look like, from at most 256 training images spread over the set."""
     step = -(-len(data) // _CALIBRATION_IMAGES)
     return calibrate_scale(_evaluate(settings, detector, Subset(data, range(0, len(data), step)), f"{item} train"))
