@@ -47,9 +47,13 @@ class SoftmaxAwareBinarization(nn.Module):
         relative = row_maximum / scale.abs().clamp_min(_SMALLEST_SCALE)
         return torch.sigmoid(self.gate_slope * (relative - self.gate_middle))
 
-    def forward(self, attention_map: Tensor, alpha: Tensor, scale: Tensor) -> Tensor:
+    def threshold_share(self, alpha: Tensor) -> Tensor:
+        """lambda (h, 1, 1) for scales alpha (h * d,) of the query projection."""
         drift = _head_means(alpha, self.gate_slope.shape[0]) / self.alpha_at_conversion.clamp_min(_SMALLEST_SCALE)
-        share = _THRESHOLD_SHARE * drift.detach().clamp(*_SCALE_DRIFT_LIMITS)
+        return _THRESHOLD_SHARE * drift.detach().clamp(*_SCALE_DRIFT_LIMITS)
+
+    def forward(self, attention_map: Tensor, alpha: Tensor, scale: Tensor) -> Tensor:
+        share = self.threshold_share(alpha)
         row_maximum = attention_map.amax(dim=-1, keepdim=True)
         with torch.no_grad():
             chosen = ((attention_map >= share * row_maximum) & (row_maximum > 0)).to(attention_map.dtype)

@@ -78,10 +78,17 @@ class BinaryLinear(nn.Module):
         self.log_activation_scale.copy_(deviation.clamp_min(_SMALLEST_SCALE).log())
         self.calibrated.fill_(True)
 
+    def weight_signs(self) -> Tensor:
+        """+1 and -1, (out, in)."""
+        return binary_sign(self.centred_weight(), self.options.weight_gradient)
+
+    def output_scale(self) -> Tensor:
+        """What a product of signs is multiplied with: alpha, times gamma with 1-bit activations, (out,)."""
+        return self.alpha * self.log_activation_scale.exp() if self.options.activation_bits == 1 else self.alpha
+
     def forward(self, inputs: Tensor) -> Tensor:
-        signs = binary_sign(self.centred_weight(), self.options.weight_gradient)
-        weight = self.alpha.unsqueeze(1) * signs
+        # scaled after the product, which is then an exact integer: packed execution finds the same numbers
         if self.options.activation_bits == 1:
             scale = self.log_activation_scale.exp()
-            inputs = scale * binary_sign((inputs - self.threshold) / scale, self.options.activation_gradient)
-        return F.linear(inputs, weight, self.bias)
+            inputs = binary_sign((inputs - self.threshold) / scale, self.options.activation_gradient)
+        return F.linear(inputs, self.weight_signs()) * self.output_scale() + self.bias

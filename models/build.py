@@ -63,14 +63,27 @@ def build_encoder(
 ) -> FrozenEncoder:
     """The frozen encoder `name` for crop_size x crop_size images; raises UserError if its weights cannot be had."""
     numbers = ENCODERS[name]
+    vit = _build_vit(name, crop_size)
     if name == RANDOM_TINY_ENCODER:
-        vit = _random_tiny_vit(numbers, crop_size)
         state, source = vit.state_dict(), "random weights, for tests only"
         return FrozenEncoder(vit, numbers.taps, name, source, state_sha256(state), _count(state))
     state, source = find_weights(name, numbers.timm_name, weights_file)
-    vit = timm.create_model(numbers.timm_name, pretrained=False, num_classes=0, img_size=crop_size)
     sha256 = load_encoder_weights(vit, state, crop_size // numbers.patch_size, position_embedding, source)
     return FrozenEncoder(vit, numbers.taps, name, source, sha256, _count(to_timm_names(state)))
+
+
+def build_encoder_without_weights(
+    name: str, crop_size: int, source: str, weights_sha256: str, published_parameters: int
+) -> FrozenEncoder:
+    """The encoder `name` with random weights, to be overwritten by those it is said to have."""
+    vit = _build_vit(name, crop_size)
+    return FrozenEncoder(vit, ENCODERS[name].taps, name, source, weights_sha256, published_parameters)
+
+
+def _build_vit(name: str, crop_size: int) -> torch.nn.Module:
+    if name == RANDOM_TINY_ENCODER:
+        return _random_tiny_vit(ENCODERS[name], crop_size)
+    return timm.create_model(ENCODERS[name].timm_name, pretrained=False, num_classes=0, img_size=crop_size)
 
 
 def _count(state: dict[str, torch.Tensor]) -> int:

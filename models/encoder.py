@@ -57,9 +57,15 @@ class FrozenEncoder(nn.Module):
     @torch.no_grad()
     def forward(self, images: Tensor) -> list[Tensor]:
         """Patch tokens (B, N, C) of every tapped block for images (B, 3, H, W); raw block outputs, no final norm."""
-        return self.vit.forward_intermediates(
-            images, indices=self.taps, norm=False, output_fmt="NLC", intermediates_only=True, stop_early=True
+        outputs = self.vit.forward_intermediates(
+            images.to(self.vit.patch_embed.proj.weight.dtype),
+            indices=self.taps,
+            norm=False,
+            output_fmt="NLC",
+            intermediates_only=True,
+            stop_early=True,
         )
+        return [output.float() for output in outputs]
 
 
 def is_position_grid(table: Tensor, prefix: int) -> bool:

@@ -1,0 +1,136 @@
+"""Compile the C kernels with the system's compiler on first use, keep them per user, and choose the path for this CPU."""
+
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import stat
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+from common.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+SOURCES = [Path(__file__).with_name(name) for name in ("kernels.c", "path.h", "int8.h", "attention.h")]
+FLAGS = ["-O3", "-std=gnu11", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"]
+_THREAD_FLAGS = ["-fopenmp"]
+# numbers as in kernels.c
+PATHS = {"scalar": 0, "neon": 1, "avx2": 2, "avx512": 3}
+_INCLUDES = {
+    "scalar": ["scalar"],
+    "neon": ["neon", "scalar"],
+    "avx2": ["avx2", "scalar"],
+    "avx512": ["avx512", "avx2", "scalar"],
+}
+PATH_VARIABLE = "BINARYAD_ISA"
+CACHE_VARIABLE = "BINARYAD_CACHE"
+
+
+class CompilationError(Exception):
+    """No compiler, or one that cannot compile the kernels; the message says what it printed."""
+
+
+def find_compiler() -> str | None:
+    """`$CC`, else the first of cc, gcc and clang on the path; None if there is none."""
+    for name in filter(None, [os.environ.get("CC"), "cc", "gcc", "clang"]):
+        found = shutil.which(name)
+        if found:
+            return found
+    return None
+
+
+def cache_folder() -> Path:
+    """`$BINARYAD_CACHE`, else the user's cache folder."""
+    chosen = os.environ.get(CACHE_VARIABLE)
+    if chosen:
+        return Path(chosen)
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "binaryad"
+
+
+def compile_library(compiler: str, folder: Path, extra_flags: Sequence[str] = ()) -> Path:
+    """Compile into `folder` unless the same sources, compiler and flags were compiled before; returns the library.
+
+    The file is made under another name and renamed when complete, so two processes may do this at once.
+
+    Raises:
+        CompilationError: the compiler failed.
+        OSError: the folder cannot be written.
+    """
+    try:
+        version = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=60, check=True).stdout
+    except (OSError, subprocess.SubprocessError) as error:
+        raise CompilationError(f"{compiler} does not run: {error}") from error
+    digest = hashlib.sha256()
+    for part in [version, platform.machine(), *FLAGS, *extra_flags, *(source.read_text() for source in SOURCES)]:
+        digest.update(part.encode() + b"\0")
+    library = folder / f"kernels-{digest.hexdigest()[:24]}.so"
+    if _is_ours(library):
+        return library
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    descriptor, temporary = tempfile.mkstemp(suffix=".so", dir=folder)
+    os.close(descriptor)
+    try:
+        command = [compiler, *FLAGS, *extra_flags, "-o", temporary, str(SOURCES[0]), "-lm"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+        if done.returncode:
+            raise CompilationError(f"{' '.join(command)} failed: {done.stderr.strip()[-2000:]}")
+        os.replace(temporary, library)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+    return library
+
+
+def _is_ours(library: Path) -> bool:
+    """Whether the file exists and nobody else may have written it: it is about to be executed."""
+    try:
+        status = library.stat()
+    except OSError:
+        return False
+    return status.st_uid == os.getuid() and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+
+
+@cache
+def load_library() -> ctypes.CDLL | None:
+    """The kernels, or None, said once, where they cannot be compiled; then torch does the same arithmetic, slower."""
+    compiler = find_compiler()
+    if compiler is None:
+        logger.warning("no C compiler found (cc, gcc, clang or $CC): binary layers run in plain torch, correct but slow")
+        return None
+    try:
+        return ctypes.CDLL(str(_compiled(compiler)))
+    except (CompilationError, OSError) as error:
+        logger.warning("the C kernels cannot be used: %s; binary layers run in plain torch, correct but slow", error)
+        return None
+
+
+def _compiled(compiler: str) -> Path:
+    """Compiled with threads if the compiler has OpenMP, else without."""
+    folder = cache_folder()
+    try:
+        return compile_library(compiler, folder, _THREAD_FLAGS)
+    except CompilationError as error:
+        library = compile_library(compiler, folder)
+        logger.warning("compiled without OpenMP, so binary layers run on one thread: %s", error)
+        return library
+
+
+def available_paths(library: ctypes.CDLL) -> list[str]:
+    """Paths that run on this CPU, the fastest first."""
+    best = library.binaryad_best_isa()
+    return next(_INCLUDES[name] for name, number in PATHS.items() if number == best)
+
+
+def chosen_path(library: ctypes.CDLL) -> str:
+    """The fastest path, or the one that `$BINARYAD_ISA` names; raises UserError if that one does not run here."""
+    available = available_paths(library)
+    wanted = os.environ.get(PATH_VARIABLE) or available[0]
+    if wanted not in available:
+        raise UserError(f"{PATH_VARIABLE}={wanted!r} does not run on this CPU; choose from {' '.join(available)}, or unset it")
+    return wanted

@@ -1,0 +1,172 @@
+"""Packed networks: the modules that compute on bits, made from a trained binary network or from a file's tensors."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from binarize.attention import BinaryPrototypeAttention
+from binarize.kernels import operations, oracle
+from binarize.linear import BinaryLinear
+from models.detector import Detector
+from models.layers import Mlp, PrototypeDecoderBlock
+
+
+def bits_of_signs(signs: Tensor) -> Tensor:
+    """Signs (rows, k) -> (rows, ceil(k / 8)) uint8, bit j of byte i is column 8 i + j, 1 for +1: the form in files."""
+    padded = F.pad((signs >= 0).to(torch.uint8), (0, -signs.shape[1] % 8)).unflatten(1, (-1, 8))
+    return (padded << torch.arange(8, dtype=torch.uint8, device=signs.device)).sum(dim=-1, dtype=torch.uint8)
+
+
+def words_of_bytes(bits: Tensor, features: int) -> Tensor:
+    """The file's bytes (rows, ceil(k / 8)) as the kernels' words (rows, words) int32."""
+    return F.pad(bits, (0, 4 * oracle.words_of(features) - bits.shape[1])).contiguous().view(torch.int32)
+
+
+class PackedLinear(nn.Module):
+    """A binary linear layer on bits: y = scale * (signs of the input . signs of the weights) + bias.
+
+    `threshold` (in,) is where the input turns into bits; who packs the input applies it.
+    """
+
+    def __init__(self, layer: BinaryLinear):
+        super().__init__()
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        self.register_buffer("bits", bits_of_signs(layer.weight_signs().detach()))
+        self.register_buffer("threshold", layer.threshold.detach().clone())
+        self.register_buffer("scale", layer.output_scale().detach())
+        self.register_buffer("bias", layer.bias.detach().clone())
+        self._panels = None
+
+    def prepare(self) -> None:
+        """Lay the weights out as the kernels read them."""
+        self._panels = oracle.panels_of(words_of_bytes(self.bits, self.in_features))
+
+    def forward(self, bits: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Bits (rows, words) -> (rows, out), plus the residual."""
+        return operations.linear(bits, self._panels, self.in_features, self.scale, self.bias, residual)
+
+
+class FoldedLinear(nn.Module):
+    """fc1 of a binary MLP with all that follows it up to the bits of fc2: scale, bias, GELU and fc2's threshold.
+
+    Every one of the in + 1 possible products is put through the float formula at export. The output bit is 0 exactly on one
+    interval of mismatch counts, because GELU falls once and then rises: two integers per channel replace the rest.
+    """
+
+    def __init__(self, layer: BinaryLinear, following: BinaryLinear):
+        super().__init__()
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        low, span = fold(layer, following)
+        self.register_buffer("bits", bits_of_signs(layer.weight_signs().detach()))
+        self.register_buffer("threshold", layer.threshold.detach().clone())
+        self.register_buffer("low", low)
+        self.register_buffer("span", span)
+        self._panels = None
+
+    prepare = PackedLinear.prepare
+
+    def forward(self, bits: Tensor) -> Tensor:
+        """Bits (rows, words) -> bits (rows, words of out)."""
+        return operations.linear_to_bits(bits, self._panels, self.in_features, self.low, self.span)
+
+
+@torch.no_grad()
+def fold(layer: BinaryLinear, following: BinaryLinear) -> tuple[Tensor, Tensor]:
+    """(low, span), both (out,) int32: the next layer's bit is 0 where low <= mismatches <= low + span."""
+    mismatches = torch.arange(layer.in_features + 1, device=layer.weight.device)
+    products = (layer.in_features - 2 * mismatches).float()
+    hidden = F.gelu(products * layer.output_scale().unsqueeze(1) + layer.bias.unsqueeze(1))  # (out, in + 1)
+    scale = following.log_activation_scale.exp()
+    zero = (hidden - following.threshold.unsqueeze(1)) / scale < 0
+    first = zero.int().argmax(dim=1)
+    last = layer.in_features - zero.flip(1).int().argmax(dim=1)
+    any_zero = zero.any(dim=1)
+    beyond = torch.full_like(first, layer.in_features + 1)  # no count is ever there
+    low = torch.where(any_zero, first, beyond)
+    span = torch.where(any_zero, last - first, torch.zeros_like(first))
+    return low.to(torch.int32), span.to(torch.int32)
+
+
+class WeightOnlyLinear(nn.Module):
+    """A layer of 1-bit weights and float inputs: small in the file, unpacked to float at load, no faster than float."""
+
+    def __init__(self, layer: BinaryLinear):
+        super().__init__()
+        self.in_features = layer.in_features
+        self.register_buffer("bits", bits_of_signs(layer.weight_signs().detach()))
+        self.register_buffer("alpha", layer.output_scale().detach().clone())
+        self.register_buffer("bias", layer.bias.detach().clone())
+        self._weight = None
+
+    def prepare(self) -> None:
+        """Unpack the weights."""
+        signs = oracle.unpack_signs(words_of_bytes(self.bits, self.in_features), self.in_features)
+        self._weight = self.alpha.unsqueeze(1) * signs
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return F.linear(inputs, self._weight, self.bias)
+
+
+class PackedPrototypeBlock(nn.Module):
+    """INP-Former's decoder block on bits: the norm, the threshold and the packing before each layer are one pass."""
+
+    def __init__(self, block: PrototypeDecoderBlock):
+        super().__init__()
+        attention = block.attn
+        self.norm1, self.norm2 = block.norm1, block.norm2
+        self.q, self.kv, self.proj = PackedLinear(attention.q), PackedLinear(attention.kv), PackedLinear(attention.proj)
+        self.register_buffer("head_scale", attention.learn_scale.detach().flatten().clone())
+        sab = attention.sab
+        share = None if sab is None else sab.threshold_share(attention.q.alpha).detach().flatten()
+        gated = sab is not None and sab.mode == "mixed"
+        self.register_buffer("share", share)
+        self.register_buffer("gate_slope", sab.gate_slope.detach().flatten().clone() if gated else None)
+        self.register_buffer("gate_middle", sab.gate_middle.detach().flatten().clone() if gated else None)
+        self.mlp = PackedMlp(block.mlp) if isinstance(block.mlp.fc1, BinaryLinear) else block.mlp
+
+    def forward(self, tokens: Tensor, prototypes: Tensor) -> Tensor:
+        """Tokens (B, N, C) and prototypes (B, M, C) -> (B, N, C)."""
+        query = self.q(_normed_bits(tokens, self.norm1, self.q.threshold)).view_as(tokens)
+        projected = self.kv(_normed_bits(prototypes, self.norm1, self.kv.threshold)).unflatten(0, prototypes.shape[:2])
+        gates = (self.head_scale, self.share, self.gate_slope, self.gate_middle)
+        attended = self.proj(operations.prototype_attention(query, projected, *gates, self.proj.threshold))
+        if isinstance(self.mlp, PackedMlp):
+            return self.mlp(_normed_bits(attended, self.norm2, self.mlp.fc1.threshold), attended).view_as(tokens)
+        attended = attended.view_as(tokens)
+        return attended + self.mlp(self.norm2(attended))
+
+
+class PackedMlp(nn.Module):
+    """Binary MLP whose hidden layer exists as bits only."""
+
+    def __init__(self, mlp: Mlp):
+        super().__init__()
+        self.fc1 = FoldedLinear(mlp.fc1, mlp.fc2)
+        self.fc2 = PackedLinear(mlp.fc2)
+
+    def forward(self, bits: Tensor, residual: Tensor) -> Tensor:
+        """Bits of the normed input, and the input itself (rows, C) -> (rows, C)."""
+        return self.fc2(self.fc1(bits), residual)
+
+
+def _normed_bits(tokens: Tensor, norm: nn.LayerNorm, threshold: Tensor) -> Tensor:
+    flat = tokens.reshape(-1, tokens.shape[-1])
+    return operations.layer_norm_pack(flat, norm.weight, norm.bias, norm.eps, threshold)
+
+
+def pack_modules(detector: Detector) -> None:
+    """Replace everything binary in a detector by its packed form, in place; `prepare_modules` must follow."""
+    for index, block in enumerate(detector.decoder):
+        if isinstance(block.attn, BinaryPrototypeAttention) and block.attn.q.options.activation_bits == 1:
+            detector.decoder[index] = PackedPrototypeBlock(block)
+    for module in list(detector.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, BinaryLinear):
+                setattr(module, name, WeightOnlyLinear(child))
+
+
+def prepare_modules(detector: nn.Module) -> None:
+    """Let every module derive what it computes with from what is stored; needed again after a move to another device."""
+    for module in detector.modules():
+        if hasattr(module, "prepare"):
+            module.prepare()

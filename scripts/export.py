@@ -1,0 +1,77 @@
+"""Make one file of a trained model: packed bits for this project's engine, or ONNX for other runtimes.
+
+python -m scripts.export --checkpoint RUN/bottle/model.pth --output bottle.binaryad
+python -m scripts.export --checkpoint RUN/bottle/model.pth --output bottle.binaryad --calibration_images my_parts/good
+python -m scripts.export --checkpoint RUN/bottle/model.pth --output bottle.onnx
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from common.errors import UserError
+from datasets.images import DEFAULT_MAX_PIXELS
+from utils.command import run_command
+from utils.export import DEFAULT_QUANTILE, ThresholdOptions, export_graph, export_packed
+from utils.packed_model import ENCODER_PRECISIONS, TRAINED_PRECISIONS, PackingOptions
+from utils.prediction import find_images
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The flags of this tool."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", type=Path, required=True, help="model.pth of a training")
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE.binaryad|FILE.onnx")
+    parser.add_argument("--encoder_weights", metavar="FILE", help="the training's encoder weights, if it was given some")
+    packed = parser.add_argument_group("packed file")
+    packed.add_argument("--encoder_precision", choices=ENCODER_PRECISIONS, default="int8")
+    packed.add_argument(
+        "--trained_precision", choices=TRAINED_PRECISIONS, default="int8", help="of bottleneck, extractor and a float MLP"
+    )
+    packed.add_argument("--encoder_reference", action="store_true", help="store the encoder's name and hash, not its weights")
+    packed.add_argument(
+        "--threshold_quantile",
+        type=float,
+        default=DEFAULT_QUANTILE,
+        metavar="0..1",
+        help="of the scores of normal images",
+    )
+    packed.add_argument("--threshold_margin", type=float, default=1.0, help="factor on that quantile")
+    packed.add_argument(
+        "--calibration_images",
+        type=Path,
+        nargs="+",
+        metavar="FOLDER|FILE",
+        help="normal images for threshold and heat map scale, best not those of the training (default: its scores)",
+    )
+    packed.add_argument("--max_pixels", type=int, default=DEFAULT_MAX_PIXELS, help="refuse larger images")
+    parser.add_argument("--quiet", action="store_true", help="warnings only")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    return parser
+
+
+def export(arguments: argparse.Namespace) -> int:
+    """Write the file that the suffix of --output asks for."""
+    suffix = arguments.output.suffix
+    if suffix == ".onnx":
+        export_graph(arguments.checkpoint, arguments.output, arguments.encoder_weights)
+    elif suffix == ".binaryad":
+        options = PackingOptions(arguments.encoder_precision, arguments.trained_precision, arguments.encoder_reference)
+        given = arguments.calibration_images
+        images = list(find_images(given, arguments.output)) if given else None
+        threshold = ThresholdOptions(arguments.threshold_quantile, arguments.threshold_margin, images, arguments.max_pixels)
+        export_packed(arguments.checkpoint, arguments.output, options, threshold, arguments.encoder_weights)
+    else:
+        raise UserError(f"--output {str(arguments.output)!r} must end with .binaryad or .onnx")
+    print(f"written: {arguments.output} ({arguments.output.stat().st_size:,} bytes)")
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    return run_command(build_parser(), argv, export)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,142 @@
+"""Make a packed file from a checkpoint: its decision threshold, its proof, its size."""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from binarize.stages import scale_parameters
+from common.errors import UserError
+from datasets.records import ImageDataset, Record
+from datasets.transforms import IMAGENET_MEAN, IMAGENET_STD
+from models.detector import Detector
+from utils.agreement import compare_on_bits, packed_copy
+from utils.checkpoint import atomic_write
+from utils.detectors import load_detector
+from utils.evaluation import EvaluationOptions, calibrate_scale, evaluate
+from utils.onnx_export import export_onnx
+from utils.packed_model import PackingOptions, describe, packed_bytes
+from utils.tables import format_rows
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_QUANTILE = 0.99
+_CHECKED_IMAGES = 2
+
+
+@dataclass(frozen=True)
+class ThresholdOptions:
+    """Decision threshold: a quantile of the scores of normal images, times a margin.
+
+    `images`: normal images to score with the exported model; None for the scores that training stored.
+    """
+
+    quantile: float = DEFAULT_QUANTILE
+    margin: float = 1.0
+    images: list[Path] | None = None
+    max_pixels: int = 0
+
+
+def check_exportable(content: dict, path: Path) -> None:
+    """Raise UserError for a model that has no packed form, or a checkpoint that does not say enough."""
+    if content["stage"] == 0:
+        raise UserError(
+            f"nothing to pack: {str(path)!r} is a float model (CLB stage 0); train --clb_stage 1 and 2 from it, or export it "
+            "as it is with --output FILE.onnx"
+        )
+    missing = [key for key in ("protocol", "calibration") if key not in content]
+    if missing or "scores" not in content["calibration"]:
+        raise UserError(
+            f"checkpoint incomplete: {str(path)!r} lacks the scores of normal images (it is a last.pth, or of an older "
+            "version); export the model.pth of a finished training"
+        )
+
+
+def transform_of(content: dict) -> dict:
+    """The pre-processing of a checkpoint's model in plain types."""
+    config = content["config"]
+    return {
+        "input_size": config["input_size"],
+        "crop_size": config["crop_size"],
+        "mean": list(IMAGENET_MEAN),
+        "std": list(IMAGENET_STD),
+    }
+
+
+def export_packed(
+    checkpoint: Path, output: Path, options: PackingOptions, threshold: ThresholdOptions, encoder_weights: str | None
+) -> None:
+    """Write the packed file of a `model.pth` and log what was proved and what it weighs.
+
+    Raises:
+        UserError: see `load_detector` and `check_exportable`; nothing is written then.
+    """
+    detector, content = load_detector(checkpoint, encoder_weights)
+    check_exportable(content, checkpoint)
+    if content["config"]["act_bits"] == 1:
+        logger.info("on bits: %s", compare_on_bits(detector, _features_of_noise(detector, content)).describe())
+    packed = packed_copy(detector, options)
+    decision, scale = _decision(packed, content, threshold)
+    content = {**content, "calibration": scale}
+    file = packed_bytes(packed, options, describe(packed, content, decision, transform_of(content)))
+    atomic_write(output, lambda stream: stream.write(file))
+    logger.info("threshold: %.4f, from %s", decision["threshold"], decision["source"])
+    logger.info("%s", _sizes(detector, packed, options, file))
+
+
+def export_graph(checkpoint: Path, output: Path, encoder_weights: str | None) -> None:
+    """Write the ONNX graph of a `model.pth` of any stage; raises UserError as `load_detector` and `export_onnx` do."""
+    detector, content = load_detector(checkpoint, encoder_weights)
+    metadata = {key: content.get(key) for key in ("host", "item", "stage", "config", "protocol")}
+    difference = export_onnx(detector, {**metadata, "preprocessing": transform_of(content)}, output)
+    logger.info("ONNX Runtime and torch: maps differ by at most %.1e", difference)
+
+
+@torch.no_grad()
+def _features_of_noise(detector: Detector, content: dict) -> torch.Tensor:
+    size = content["config"]["crop_size"]
+    images = torch.randn(_CHECKED_IMAGES, 3, size, size, generator=torch.Generator().manual_seed(0))
+    return detector.encode(images)
+
+
+def _decision(packed: Detector, content: dict, options: ThresholdOptions) -> tuple[dict, dict]:
+    """Threshold with its origin, and the scale of the maps."""
+    if options.images is None:
+        scale, source = content["calibration"], "scores of training images, stored by the training"
+    else:
+        records = [Record(path, 0, content["item"]) for path in options.images]
+        config = content["config"]
+        images = ImageDataset(records, config["input_size"], config["crop_size"], options.max_pixels)
+        protocol = EvaluationOptions.from_config(content["protocol"])
+        scale = calibrate_scale(evaluate(packed, images, protocol, 1, 0, "fp32", "normal images"))
+        source = "scores of the given normal images by the packed model"
+    value = float(np.quantile(scale["scores"], options.quantile)) * options.margin
+    kind = f"quantile {options.quantile:g} of {len(scale['scores'])} {source}"
+    decision = {
+        "threshold": value,
+        "quantile": options.quantile,
+        "margin": options.margin,
+        "images": len(scale["scores"]),
+        "source": kind if options.margin == 1 else f"{options.margin:g} x {kind}",
+    }
+    return decision, scale
+
+
+def _sizes(detector: Detector, packed: Detector, options: PackingOptions, file: bytes) -> str:
+    """Bytes on disk of the trained part and of the whole, beside the same in float32."""
+    added = {id(value) for value in scale_parameters(detector)}
+    own = [value for name, value in detector.named_parameters() if not name.startswith("encoder.")]
+    trained = sum(value.numel() for value in own if id(value) not in added)
+    kept = trained + sum(value.numel() for value in detector.encoder.parameters())
+    published = trained + detector.encoder.published_parameters
+    alone = len(packed_bytes(packed, PackingOptions(options.encoder, options.trained, True), {}))
+    rows = [("file", "bytes", "float32 bytes", "ratio")]
+    for name, bytes_, parameters in (
+        ("trained part", alone, trained),
+        ("whole model", len(file), kept),
+        ("whole model, float32 with unused blocks", len(file), published),
+    ):
+        rows.append((name, f"{bytes_:,}", f"{4 * parameters:,}", f"{4 * parameters / bytes_:.2f}x"))
+    return format_rows(rows[: 2 if options.encoder_reference else None])

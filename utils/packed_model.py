@@ -1,0 +1,182 @@
+"""From a trained detector to a packed model file and back: which part is stored in which precision, and what is said of it."""
+
+import logging
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from binarize.int8 import to_int8
+from binarize.linear import BinarizationOptions
+from binarize.packed import read_file, to_bytes
+from binarize.runtime import pack_modules, prepare_modules
+from binarize.stages import binarize
+from common.errors import UserError
+from models.build import ENCODERS, build_encoder, build_encoder_without_weights
+from models.detector import Detector
+from utils.detectors import HOSTS
+
+logger = logging.getLogger(__name__)
+
+ENCODER_PRECISIONS = ("fp32", "bf16", "int8")
+TRAINED_PRECISIONS = ("fp32", "fp16", "int8")
+_FLOAT_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.float16}
+
+
+@dataclass(frozen=True)
+class PackingOptions:
+    """Precision of the encoder (`fp32` `bf16` `int8`) and of what is trained but not binary (`fp32` `fp16` `int8`).
+
+    `encoder_reference`: store the encoder's name and hash instead of its weights.
+    """
+
+    encoder: str = "int8"
+    trained: str = "int8"
+    encoder_reference: bool = False
+
+
+def pack_detector(detector: Detector, options: PackingOptions) -> None:
+    """Bring a trained detector into the form that its file will have, in place; it then computes as the loaded file does."""
+    _replace_modules(detector, options)
+    for name, tensor in _tensors(detector).items():
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(_stored_type(name, tensor, options)).to(_working_type(name, options))
+    prepare_modules(detector.eval())
+
+
+def _replace_modules(detector: Detector, options: PackingOptions) -> None:
+    pack_modules(detector)
+    if options.trained == "int8":
+        for name, part in detector.named_children():
+            if name != "encoder":
+                to_int8(part)
+    if options.encoder == "int8":
+        to_int8(detector.encoder)
+    elif options.encoder == "bf16":
+        detector.encoder.to(torch.bfloat16)
+
+
+def _tensors(detector: nn.Module) -> dict[str, Tensor]:
+    """All that is stored: parameters and buffers, also those that a ViT keeps out of its state dict."""
+    return {**dict(detector.named_parameters()), **dict(detector.named_buffers())}
+
+
+def _stored_type(name: str, tensor: Tensor, options: PackingOptions) -> torch.dtype:
+    """Scales, thresholds, biases, norms and prototypes stay float32: rounding them would change binary decisions."""
+    if name.startswith("encoder."):
+        return _FLOAT_TYPES[options.encoder]
+    return _FLOAT_TYPES[options.trained] if tensor.ndim > 1 and name != "prototype_token" else torch.float32
+
+
+def _working_type(name: str, options: PackingOptions) -> torch.dtype:
+    return torch.bfloat16 if name.startswith("encoder.") and options.encoder == "bf16" else torch.float32
+
+
+def packed_bytes(detector: Detector, options: PackingOptions, description: dict) -> bytes:
+    """Content of the file of a packed detector; `description` comes from `describe`."""
+    stored = {}
+    for name, tensor in _tensors(detector).items():
+        if name.startswith("encoder.") and options.encoder_reference:
+            continue
+        if tensor.is_floating_point():
+            tensor = tensor.to(_stored_type(name, tensor, options))
+        elif tensor.dtype == torch.int32:  # intervals of mismatch counts, at most a row's length
+            tensor = tensor.to(torch.int16)
+        stored[name] = tensor.detach().cpu()
+    return to_bytes(stored, {**description, "precision": asdict(options)})
+
+
+def describe(detector: Detector, content: dict, threshold: dict, transform: dict) -> dict:
+    """What the file says of its model: all that is needed to build, feed and judge it, in plain types.
+
+    Args:
+        content: of the `model.pth` it comes from.
+        threshold: decision threshold and its origin.
+        transform: sizes, mean and standard deviation of the pre-processing.
+    """
+    encoder = detector.encoder
+    return {
+        "host": content["host"],
+        "item": content["item"],
+        "stage": content["stage"],
+        "encoder": {
+            "name": encoder.name,
+            "source": encoder.source,
+            "sha256": encoder.weights_sha256,
+            "published_parameters": encoder.published_parameters,
+        },
+        "config": content["config"],
+        "preprocessing": transform,
+        "protocol": content["protocol"],
+        "calibration": {key: content["calibration"][key] for key in ("map_median", "map_limit")},
+        "decision": threshold,
+    }
+
+
+def load_packed(path: Path, device: torch.device | str = "cpu", encoder_weights: str | None = None) -> tuple[Detector, dict]:
+    """The packed detector of a `*.binaryad` file, ready to run, and the file's description.
+
+    Args:
+        encoder_weights: for a file that only names its encoder; by default they are looked for as in training.
+
+    Raises:
+        UserError: no such file, damaged, foreign, too new, or its encoder cannot be had.
+    """
+    tensors, description = read_file(path)
+    try:
+        options = PackingOptions(**description["precision"])
+        detector = _skeleton(description, options, encoder_weights)
+        _fill(detector, tensors, options)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise UserError(
+            f"model unusable: {str(path)!r} does not describe a model this program knows ({error}); export it again"
+        ) from error
+    prepare_modules(detector.to(device).eval())
+    return detector, description
+
+
+def _skeleton(description: dict, options: PackingOptions, encoder_weights: str | None) -> Detector:
+    """The network of a description, without values, but for an encoder that is only referred to."""
+    config, named = description["config"], description["encoder"]
+    if named["name"] not in ENCODERS or description["host"] not in HOSTS:
+        raise ValueError(f"unknown encoder {named['name']!r} or host {description['host']!r}")
+    with torch.device("meta"):
+        encoder = build_encoder_without_weights(
+            named["name"], config["crop_size"], named["source"], named["sha256"], named["published_parameters"]
+        )
+        detector = HOSTS[description["host"]].build(encoder, config["INP_num"])
+        keys = ("act_bits", "sab", "weight_gradient", "activation_gradient")
+        binarize(detector, description["stage"], BinarizationOptions(*(config[key] for key in keys)))
+    if options.encoder_reference:
+        detector.encoder = build_encoder(named["name"], config["crop_size"], encoder_weights, config["pos_embed"])
+        if detector.encoder.weights_sha256 != named["sha256"]:
+            raise UserError(
+                f"wrong encoder: the model was trained on {named['name']} of sha256 {named['sha256'][:16]}, "
+                f"{detector.encoder.source} has {detector.encoder.weights_sha256[:16]}; give --encoder_weights FILE"
+            )
+    _replace_modules(detector, options)
+    return detector
+
+
+def _fill(detector: Detector, tensors: dict[str, Tensor], options: PackingOptions) -> None:
+    """Put a file's tensors into a skeleton; raises ValueError if names or shapes differ."""
+    places = {
+        name: (module, leaf)
+        for prefix, module in detector.named_modules()
+        for leaf in [*module._parameters, *module._buffers]
+        if getattr(module, leaf) is not None and getattr(module, leaf).device.type == "meta"
+        for name in [f"{prefix}.{leaf}" if prefix else leaf]
+    }
+    if places.keys() != tensors.keys():
+        raise ValueError(f"tensors {sorted(places.keys() ^ tensors.keys())[:3]} are missing or surplus")
+    for name, (module, leaf) in places.items():
+        expected, value = getattr(module, leaf), tensors[name]
+        if value.shape != expected.shape:
+            raise ValueError(f"{name} has shape {tuple(value.shape)}, expected {tuple(expected.shape)}")
+        if expected.is_floating_point():
+            value = value.to(_working_type(name, options))
+        elif expected.dtype == torch.int32:
+            value = value.to(torch.int32)
+        parameters = module._parameters if leaf in module._parameters else module._buffers
+        parameters[leaf] = nn.Parameter(value, requires_grad=False) if leaf in module._parameters else value
