@@ -1,10 +1,11 @@
-"""The small tables a run leaves: results.csv, scores.csv, bad_images.csv and metrics.jsonl."""
+"""The small tables a run leaves: results.csv, scores.csv, bad_images.csv, predictions.csv and metrics.jsonl."""
 
 import csv
 import io
 import json
 import logging
 import os
+import time
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from utils.metrics import METRIC_NAMES, mean_metrics
 logger = logging.getLogger(__name__)
 
 Row = dict[str, float | None]
+_SECONDS_BETWEEN_TABLES = 10
 
 
 def write_results(path: Path, rows: dict[str, Row]) -> None:
@@ -77,7 +79,32 @@ def _write_csv(path: Path, header: tuple[str, ...], rows: Iterable[tuple]) -> No
 
 def safe_cell(text: str) -> str:
     """A cell that no spreadsheet takes for a formula: an apostrophe goes before what could start one."""
-    return f"'{text}" if text[:1] in ("=", "+", "-", "@", "'") else text
+    return f"'{text}" if text[:1] in ("=", "+", "-", "@", "'", "\t", "\r", "\n") else text
+
+
+class PredictionTable:
+    """`predictions.csv`: path, score, verdict, threshold, error of every image; a bad one has an error and no score.
+
+    It is renewed as a whole every few seconds, so that even a killed process leaves a complete table of what it did.
+    """
+
+    def __init__(self, path: Path, threshold: float):
+        """Replace the file by an empty table; raises ResourceError if that is impossible."""
+        self.path, self.threshold = path, threshold
+        self._rows: list[tuple[str, ...]] = []
+        self.write()
+
+    def add(self, image_path: str, score: float | None = None, verdict: str = "", error: str = "") -> None:
+        """One more image: its score and verdict, or the reason why there are none."""
+        number = "" if score is None else f"{score:.6f}"
+        self._rows.append((safe_cell(image_path), number, verdict, f"{self.threshold:.6f}", safe_cell(error)))
+        if time.monotonic() - self._written > _SECONDS_BETWEEN_TABLES:
+            self.write()
+
+    def write(self) -> None:
+        """Put all rows into the file."""
+        _write_csv(self.path, ("path", "score", "verdict", "threshold", "error"), self._rows)
+        self._written = time.monotonic()
 
 
 class MetricsLog:

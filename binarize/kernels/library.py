@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 SOURCES = [Path(__file__).with_name(name) for name in ("kernels.c", "path.h", "int8.h", "attention.h")]
 FLAGS = ["-O3", "-std=gnu11", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"]
-_THREAD_FLAGS = ["-fopenmp"]
+_THREAD_FLAGS = ["-fopenmp", "-Wl,--as-needed"]
 # numbers as in kernels.c
 PATHS = {"scalar": 0, "neon": 1, "avx2": 2, "avx512": 3}
 _INCLUDES = {
@@ -54,8 +54,10 @@ def cache_folder() -> Path:
     return Path(base) / "binaryad"
 
 
-def compile_library(compiler: str, folder: Path, extra_flags: Sequence[str] = ()) -> Path:
+def compile_library(compiler: str, folder: Path, extra_flags: Sequence[str] = (), libraries: Sequence[str] = ()) -> Path:
     """Compile into `folder` unless the same sources, compiler and flags were compiled before; returns the library.
+
+    `libraries` are linked besides the mathematical one.
 
     The file is made under another name and renamed when complete, so two processes may do this at once.
 
@@ -68,7 +70,7 @@ def compile_library(compiler: str, folder: Path, extra_flags: Sequence[str] = ()
     except (OSError, subprocess.SubprocessError) as error:
         raise CompilationError(f"{compiler} does not run: {error}") from error
     digest = hashlib.sha256()
-    for part in [version, platform.machine(), *FLAGS, *extra_flags, *(source.read_text() for source in SOURCES)]:
+    for part in [version, platform.machine(), *FLAGS, *extra_flags, *libraries, *(source.read_text() for source in SOURCES)]:
         digest.update(part.encode() + b"\0")
     library = folder / f"kernels-{digest.hexdigest()[:24]}.so"
     if _is_ours(library):
@@ -77,7 +79,7 @@ def compile_library(compiler: str, folder: Path, extra_flags: Sequence[str] = ()
     descriptor, temporary = tempfile.mkstemp(suffix=".so", dir=folder)
     os.close(descriptor)
     try:
-        command = [compiler, *FLAGS, *extra_flags, "-o", temporary, str(SOURCES[0]), "-lm"]
+        command = [compiler, *FLAGS, *extra_flags, "-o", temporary, str(SOURCES[0]), "-lm", *libraries]
         done = subprocess.run(command, capture_output=True, text=True, timeout=600)
         if done.returncode:
             raise CompilationError(f"{' '.join(command)} failed: {done.stderr.strip()[-2000:]}")
@@ -85,6 +87,15 @@ def compile_library(compiler: str, folder: Path, extra_flags: Sequence[str] = ()
     finally:
         Path(temporary).unlink(missing_ok=True)
     return library
+
+
+def _loaded_openmp() -> list[str]:
+    """The OpenMP library that torch has loaded: with another one beside it, two sets of threads fight for the cores."""
+    maps = Path("/proc/self/maps")
+    if not maps.is_file():
+        return []
+    paths = {line.split(maxsplit=5)[-1].strip() for line in maps.read_text().splitlines() if "/libgomp" in line}
+    return sorted(paths) if len(paths) == 1 else []
 
 
 def _is_ours(library: Path) -> bool:
@@ -114,7 +125,7 @@ def _compiled(compiler: str) -> Path:
     """Compiled with threads if the compiler has OpenMP, else without."""
     folder = cache_folder()
     try:
-        return compile_library(compiler, folder, _THREAD_FLAGS)
+        return compile_library(compiler, folder, _THREAD_FLAGS, _loaded_openmp())
     except CompilationError as error:
         library = compile_library(compiler, folder)
         logger.warning("compiled without OpenMP, so binary layers run on one thread: %s", error)
