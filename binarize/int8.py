@@ -177,7 +177,7 @@ def to_int8(module: nn.Module) -> None:
     for name, child in list(module.named_children()):
         if _is_plain_block(child):
             setattr(module, name, Int8Block(child))
-        elif type(child) is Mlp:
+        elif type(child) is Mlp and type(child.fc1) is nn.Linear:  # else its weights are bits already
             setattr(module, name, Int8Mlp(child))
         elif type(child) is nn.Linear:
             setattr(module, name, Int8Linear(child))

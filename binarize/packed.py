@@ -21,6 +21,17 @@ _TYPES = (torch.int8, torch.uint8, torch.int16, torch.float16, torch.bfloat16, t
 _COMPRESSIBLE = {str(kind).removeprefix("torch."): kind for kind in _TYPES}
 _MARKER = b'{"__metadata__":{"binaryad":'
 _LARGEST_HEADER = 100_000_000  # the limit of the safetensors format
+# what a file that was written wrongly, or with bad intent, can lead to
+_MALFORMED = (
+    LookupError,
+    TypeError,
+    ValueError,
+    AttributeError,
+    OverflowError,
+    RuntimeError,
+    zlib.error,
+    safetensors.SafetensorError,
+)
 _EXPORT_HINT = "`python -m scripts.export` makes one from a model.pth"
 
 
@@ -29,7 +40,7 @@ def to_bytes(tensors: dict[str, Tensor], description: dict) -> bytes:
     stored, compressed = {}, {}
     for name, value in tensors.items():
         stream = _compressed(value)
-        if stream.nbytes < value.nbytes:
+        if stream.nbytes < value.nbytes and value.dtype in _TYPES:
             stored[name] = stream
             compressed[name] = {"dtype": str(value.dtype).removeprefix("torch."), "shape": list(value.shape)}
         else:
@@ -48,7 +59,7 @@ def from_bytes(content: bytes, name: str) -> tuple[dict[str, Tensor], dict]:
     """
     description = _description(content, name)
     version = description.pop("format_version", None)
-    if not isinstance(version, int) or version > FORMAT_VERSION:
+    if isinstance(version, int) and version > FORMAT_VERSION:
         raise UserError(
             f"model too new: {name!r} has format {version}, this program reads up to {FORMAT_VERSION}; update the program"
         )
@@ -56,10 +67,12 @@ def from_bytes(content: bytes, name: str) -> tuple[dict[str, Tensor], dict]:
     if field is None or hashlib.sha256(_with_hash(content, _ZERO_HASH)).hexdigest().encode() != field[1]:
         raise UserError(f"model damaged: {name!r} does not match its own sha256, a byte was changed; copy or export it again")
     try:
+        if version != FORMAT_VERSION:
+            raise ValueError(f"format {version!r}")
         stored = safetensors.torch.load(content)
         for tensor, kind in description.pop("compressed").items():
             stored[tensor] = _decompressed(stored[tensor], **kind)
-    except (KeyError, TypeError, ValueError, zlib.error, safetensors.SafetensorError) as error:
+    except _MALFORMED as error:
         raise UserError(f"model unusable: {name!r} was written wrongly ({error!r}); export it again") from error
     return stored, description
 
@@ -115,10 +128,11 @@ def _description(content: bytes, name: str) -> dict:
     try:
         header = json.loads(content[8:end])
         description = json.loads(header["__metadata__"][FORMAT])
-        size = max((entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"), default=0)
+        size = end + max((entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"), default=0)
         description["sha256"], description["compressed"]
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        is_cut_short = len(content) < size
+    except _MALFORMED as error:
         raise foreign from error
-    if len(content) < end + size:
-        raise UserError(f"model damaged: {name!r} has {len(content)} bytes of {end + size}, it was cut short; copy it again")
+    if is_cut_short:
+        raise UserError(f"model damaged: {name!r} has {len(content)} bytes of {size}, it was cut short; copy it again")
     return description

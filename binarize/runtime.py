@@ -25,14 +25,15 @@ def words_of_bytes(bits: Tensor, features: int) -> Tensor:
 class PackedLinear(nn.Module):
     """A binary linear layer on bits: y = scale * (signs of the input . signs of the weights) + bias.
 
-    `threshold` (in,) is where the input turns into bits; who packs the input applies it.
+    `threshold` (in,) is where the input turns into bits; who packs the input applies it. It is None behind a
+    `FoldedLinear`, which contains it.
     """
 
-    def __init__(self, layer: BinaryLinear):
+    def __init__(self, layer: BinaryLinear, follows_folded: bool = False):
         super().__init__()
         self.in_features, self.out_features = layer.in_features, layer.out_features
         self.register_buffer("bits", bits_of_signs(layer.weight_signs().detach()))
-        self.register_buffer("threshold", layer.threshold.detach().clone())
+        self.register_buffer("threshold", None if follows_folded else layer.threshold.detach().clone())
         self.register_buffer("scale", layer.output_scale().detach())
         self.register_buffer("bias", layer.bias.detach().clone())
         self._panels = None
@@ -49,8 +50,9 @@ class PackedLinear(nn.Module):
 class FoldedLinear(nn.Module):
     """fc1 of a binary MLP with all that follows it up to the bits of fc2: scale, bias, GELU and fc2's threshold.
 
-    Every one of the in + 1 possible products is put through the float formula at export. The output bit is 0 exactly on one
-    interval of mismatch counts, because GELU falls once and then rises: two integers per channel replace the rest.
+    Every one of the in + 1 possible products is put through the float formula at export. The output bit is 0 on one interval
+    of mismatch counts, because GELU falls once and then rises: two integers per channel replace the rest. (In its flat left
+    tail float32's GELU wavers: there, counts within 2e-6 of the threshold may fall on its other side.)
     """
 
     def __init__(self, layer: BinaryLinear, following: BinaryLinear):
@@ -142,7 +144,7 @@ class PackedMlp(nn.Module):
     def __init__(self, mlp: Mlp):
         super().__init__()
         self.fc1 = FoldedLinear(mlp.fc1, mlp.fc2)
-        self.fc2 = PackedLinear(mlp.fc2)
+        self.fc2 = PackedLinear(mlp.fc2, follows_folded=True)
 
     def forward(self, bits: Tensor, residual: Tensor) -> Tensor:
         """Bits of the normed input, and the input itself (rows, C) -> (rows, C)."""

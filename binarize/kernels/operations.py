@@ -5,6 +5,7 @@ Activations are bits (rows, words) int32 and weights panels (panels, words, 32) 
 
 import ctypes
 from ctypes import c_float, c_int64
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -59,20 +60,20 @@ def describe_path() -> str:
     return "plain torch (no C compiler)" if kernels() is None else f"C kernels, {kernels().path}"
 
 
-def _for_c(*tensors: Tensor | None) -> Kernels | None:
-    """The kernels, if they can take these tensors."""
-    return kernels() if all(tensor is None or tensor.device.type == "cpu" for tensor in tensors) else None
+def _for_c(tensor: Tensor) -> Kernels | None:
+    """The kernels, if they can take this tensor."""
+    return kernels() if tensor.is_cpu else None
 
 
-def _check(condition: bool, sentence: str) -> None:
-    if not condition:
-        raise ValueError(sentence)
+def _refuse(what: str, *tensors: Tensor) -> NoReturn:
+    raise ValueError(f"{what}: {', '.join(str(tuple(tensor.shape)) for tensor in tensors)}")
 
 
 @torch.library.custom_op("binaryad::pack", mutates_args=())
 def pack(x: Tensor, threshold: Tensor) -> Tensor:
     """Bits of x (rows, k) - threshold (k) >= 0."""
-    _check(x.shape[1:] == threshold.shape, f"x {tuple(x.shape)} and threshold {tuple(threshold.shape)} do not fit")
+    if x.shape[1:] != threshold.shape:
+        _refuse("x and threshold do not fit", x, threshold)
     c = _for_c(x)
     if c is None:
         return oracle.pack(x, threshold)
@@ -90,7 +91,8 @@ def _(x: Tensor, threshold: Tensor) -> Tensor:
 @torch.library.custom_op("binaryad::layer_norm_pack", mutates_args=())
 def layer_norm_pack(x: Tensor, weight: Tensor, bias: Tensor, eps: float, threshold: Tensor) -> Tensor:
     """Bits of layer_norm(x (rows, k)) - threshold (k) >= 0."""
-    _check(x.shape[1:] == weight.shape == bias.shape == threshold.shape, "x, norm and threshold do not fit")
+    if not x.shape[1:] == weight.shape == bias.shape == threshold.shape:
+        _refuse("x, norm and threshold do not fit", x, weight, bias, threshold)
     c = _for_c(x)
     if c is None:
         return oracle.layer_norm_pack(x, weight, bias, eps, threshold)
@@ -110,7 +112,8 @@ def linear(bits: Tensor, panels: Tensor, in_features: int, scale: Tensor, bias: 
     """scale * (signs of bits @ signs of weights) + bias (+ residual (rows, out)), (rows, out) float32."""
     _check_product(bits, panels, in_features, len(scale))
     shape = (len(bits), len(scale))
-    _check(residual is None or residual.shape == shape, f"residual is not {shape}")
+    if residual is not None and residual.shape != shape:
+        _refuse(f"residual is not {shape}", residual)
     c = _for_c(bits)
     if c is None:
         return oracle.linear(bits, panels, in_features, scale, bias, residual)
@@ -159,7 +162,8 @@ def prototype_attention(
     """
     batch, tokens, width = query.shape
     count = projected.shape[1]
-    _check(projected.shape == (batch, count, 2 * width), "queries and prototypes do not fit")
+    if projected.shape != (batch, count, 2 * width):
+        _refuse("queries and prototypes do not fit", query, projected)
     c = _for_c(query)
     if c is None or count > MOST_PROTOTYPES or width > MOST_CHANNELS:
         return oracle.prototype_attention(query, projected, head_scale, share, slope, middle, threshold)
@@ -180,9 +184,10 @@ def _(query, projected, head_scale, share, slope, middle, threshold) -> Tensor:
 
 def _check_product(bits: Tensor, panels: Tensor, in_features: int, out_features: int) -> None:
     words = oracle.words_of(in_features)
-    fits = bits.ndim == 2 and bits.shape[1] == words and panels.shape == (-(-out_features // 32), words, 32)
-    _check(fits, f"bits {tuple(bits.shape)} and panels {tuple(panels.shape)} are not for {in_features} -> {out_features}")
-    _check(bits.is_contiguous() and panels.is_contiguous(), "bits and panels must be contiguous")
+    if bits.shape[1:] != (words,) or panels.shape != (-(-out_features // 32), words, 32):
+        _refuse(f"bits and panels are not for {in_features} -> {out_features} features", bits, panels)
+    if not (bits.is_contiguous() and panels.is_contiguous()):
+        _refuse("bits and panels must be contiguous", bits, panels)
 
 
 def _quantized_like(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -209,7 +214,8 @@ def _(x: Tensor) -> tuple[Tensor, Tensor]:
 @torch.library.custom_op("binaryad::layer_norm_quantize", mutates_args=())
 def layer_norm_quantize(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """`quantize` of layer_norm(x (rows, n))."""
-    _check(x.shape[1:] == weight.shape == bias.shape, "x and norm do not fit")
+    if not x.shape[1:] == weight.shape == bias.shape:
+        _refuse("x and norm do not fit", x, weight, bias)
     c = _for_c(x)
     if c is None:
         return oracle.layer_norm_quantize(x, weight, bias, eps)
