@@ -42,9 +42,13 @@ class Int8Linear(nn.Module):
 
     def prepare(self) -> None:
         """Choose the product's implementation for this machine and lay the weights out for it."""
-        on_cpu = self.weight.device.type == "cpu"
-        make_product = _onednn_product if on_cpu and _onednn_is_exact() else _float_product
-        self._product = make_product(self.weight, self.weight_scale)
+        bits = _exact_weight_bits() if self.weight.device.type == "cpu" else None
+        if bits is None:
+            self._product = _float_product(self.weight, self.weight_scale)
+        elif bits == 8:
+            self._product = _onednn_product(self.weight, self.weight_scale)
+        else:
+            self._product = _onednn_product((self.weight.float() / 2).round().to(torch.int8), 2 * self.weight_scale)
 
     def sums(self, rows: Tensor) -> Tensor:
         """Bytes (rows, in) -> float32 (rows, out), still to be multiplied with the rows' scales."""
@@ -77,19 +81,25 @@ def _float_product(weight: Tensor, scale: Tensor) -> Callable[[Tensor], Tensor]:
 
 
 @cache
-def _onednn_is_exact() -> bool:
-    """Whether 8-bit products are exact here: without VNNI instructions, sums of two products may saturate at 16 bits."""
-    rows = torch.full((4, 64), 255, dtype=torch.uint8)
-    weight = torch.full((16, 64), _LARGEST, dtype=torch.int8)
-    try:
-        found = _onednn_product(weight, torch.ones(16))(rows)
-    except (RuntimeError, AttributeError) as error:
-        logger.warning("8-bit layers run in float32: torch has no oneDNN product here (%s)", str(error).splitlines()[0])
-        return False
-    if bool((found == 64 * _LARGEST * (255 - _ZERO_POINT)).all()):
-        return True
+def _exact_weight_bits() -> int | None:
+    """Bits of weights whose 8-bit products are exact here: 8, or 7 without VNNI instructions, or None; said once if not 8.
+
+    Without VNNI, sums of two products saturate at 16 bits, which the largest weights of 8 bits reach.
+    """
+    for bits, largest in ((8, _LARGEST), (7, 64)):
+        rows = torch.full((4, 64), 255, dtype=torch.uint8)
+        weight = torch.full((16, 64), largest, dtype=torch.int8)
+        try:
+            found = _onednn_product(weight, torch.ones(16))(rows)
+        except (RuntimeError, AttributeError) as error:
+            logger.warning("8-bit layers run in float32: torch has no 8-bit product here (%s)", str(error).splitlines()[0])
+            return None
+        if bool((found == 64 * largest * (255 - _ZERO_POINT)).all()):
+            if bits != 8:
+                logger.warning("8-bit layers run with weights rounded to 7 bits: this CPU has no 8-bit dot product (VNNI)")
+            return bits
     logger.warning("8-bit layers run in float32: this CPU's 8-bit products are not exact")
-    return False
+    return None
 
 
 class Int8Mlp(nn.Module):

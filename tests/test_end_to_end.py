@@ -1,4 +1,4 @@
-"""The whole way through the real command line: float, stage 1, stage 2, test, comparison."""
+"""The whole way through the real command line: float, stage 1, stage 2, test, comparison, packed file, verdicts."""
 
 import csv
 import json
@@ -51,13 +51,34 @@ def test_float_stage_1_stage_2_test_and_comparison(tmp_path, start_process):
     assert {path: path.read_bytes() for path in kept} == kept
 
     page = tmp_path / "comparison.html"
-    command = [sys.executable, "-m", "scripts.report", *map(str, folders), "--html", str(page)]
-    printed = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True, timeout=120).stdout
+    printed = _run_tool("report", *map(str, folders), "--html", str(page))
     for folder, suffix in zip(folders, STAGE_SUFFIXES.values(), strict=True):
         mean = list(csv.DictReader((folder / "results.csv").open()))[-1]
         row = next(line.split() for line in printed.splitlines() if line.split()[:1] == [name + suffix])
         assert row[3] == f"{100 * float(mean['I-AUROC']):.2f}"
     assert page.read_text().count("data:image/jpeg;base64") == 6
+    _check_packed_model(folders[2] / ITEMS[0], data, tmp_path)
+
+
+def _run_tool(name: str, *flags: str) -> str:
+    command = [sys.executable, "-m", f"scripts.{name}", *flags]
+    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True, timeout=120).stdout
+
+
+def _check_packed_model(folder, data, tmp_path) -> None:
+    """The packed file gives the run's scores, verdicts by its own threshold, and pictures."""
+    model, output = tmp_path / "model.binaryad", tmp_path / "out"
+    precisions = ("--encoder_precision", "fp32", "--trained_precision", "fp32")
+    _run_tool("export", "--checkpoint", str(folder / "model.pth"), "--output", str(model), *precisions)
+    _run_tool("predict", "--model", str(model), "--input", str(data / folder.name / "test"), "--output", str(output))
+    judged = {row["path"]: row for row in csv.DictReader((output / "predictions.csv").open())}
+    expected = {row["path"]: float(row["score"]) for row in csv.DictReader((folder / "scores.csv").open())}
+    assert judged.keys() == expected.keys()
+    for path, score in expected.items():
+        assert float(judged[path]["score"]) == pytest.approx(score, abs=1e-4)
+        assert judged[path]["verdict"] == ("NG" if score > float(judged[path]["threshold"]) else "OK")
+    pictures = [path for path in (output / "heatmaps").rglob("*.jpg") if Image.open(path).format == "JPEG"]
+    assert len(pictures) == len(expected)
 
 
 def _check_run_folder(folder, stage: int) -> None:
