@@ -80,6 +80,13 @@ def build_encoder_without_weights(
     return FrozenEncoder(vit, ENCODERS[name].taps, name, source, weights_sha256, published_parameters)
 
 
+def published_parameter_count(name: str) -> int:
+    """Parameters of a hub encoder as published: all blocks, positions for its own image size."""
+    with torch.device("meta"):
+        vit = timm.create_model(ENCODERS[name].timm_name, pretrained=False, num_classes=0)
+    return sum(parameter.numel() for parameter in vit.parameters())
+
+
 def _build_vit(name: str, crop_size: int) -> torch.nn.Module:
     if name == RANDOM_TINY_ENCODER:
         return _random_tiny_vit(ENCODERS[name], crop_size)

@@ -1,5 +1,6 @@
 """Detectors that rebuild an encoder's features and look where that fails: shared by INP-Former and Dinomaly."""
 
+import math
 from abc import abstractmethod
 
 import torch
@@ -65,7 +66,7 @@ class ReconstructionDetector(Detector):
         features = self.features_of(inputs)
         reconstruction, _ = self.reconstruct(features)
         distance = cosine_distance(features.float(), reconstruction.float())  # (B, 2, N)
-        grid = round(distance.shape[-1] ** 0.5)
+        grid = math.isqrt(distance.shape[-1])
         size = grid * self.encoder.patch_size
         maps = F.interpolate(distance.unflatten(-1, (grid, grid)), size=(size, size), mode="bilinear", align_corners=True)
         return maps.mean(dim=1)

@@ -27,7 +27,7 @@ from binarize.runtime import prepare_modules
 from binarize.stages import binarize, calibrate
 from common.errors import UserError
 from datasets.transforms import image_transform
-from models.build import build_encoder_without_weights
+from models.build import build_encoder_without_weights, published_parameter_count
 from models.detector import Detector
 from utils.agreement import packed_copy
 from utils.checkpoint import write_text
@@ -56,7 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The flags of this tool."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--model", type=Path, metavar="FILE.binaryad", help="time this file beside a float network of its sizes")
+    source.add_argument("--model", type=Path, metavar="FILE.binaryad", help="beside a float network of its sizes")
     source.add_argument("--random", choices=["small", "base", "large"], help="random weights of dinov2reg_vit_SIZE_14")
     parser.add_argument("--host", choices=list(HOSTS), default="inp_former", help="network of --random")
     parser.add_argument("--crop_size", type=int, default=392, help="of --random; a file has its own")
@@ -100,7 +100,7 @@ def benchmark(arguments: argparse.Namespace) -> int:
 def random_detector(encoder_name: str, crop_size: int) -> Detector:
     """A float network with random weights: time and bytes do not depend on their values."""
     torch.manual_seed(0)
-    count = sum(value.numel() for value in build_encoder_without_weights(encoder_name, crop_size, "", "", 0).parameters())
+    count = published_parameter_count(encoder_name)
     encoder = build_encoder_without_weights(encoder_name, crop_size, "random weights", "", count)
     return INP_FORMER.build(encoder, _PROTOTYPES).eval()
 
@@ -187,9 +187,11 @@ def layer_table(repeats: int) -> list[str]:
     lines = _header(["rows, in, out", *names, "float32 / (pack + product)"])
     ratios = []
     for shape in SHAPES:
-        seconds = interleaved_medians(dict(zip(names, _layer_calls(*shape), strict=True)), 3 * repeats)
+        calls = dict(zip(names, _layer_calls(*shape), strict=True))
+        seconds = interleaved_medians(calls, 3 * repeats)
         ratios.append(seconds["float32"] / seconds["pack + product"])
-        lines.append(_row([", ".join(map(str, shape)), *(f"{1e6 * seconds[name]:.0f}" for name in names), f"{ratios[-1]:.1f}x"]))
+        microseconds = [f"{1e6 * seconds[name]:.0f}" for name in names]
+        lines.append(_row([", ".join(map(str, shape)), *microseconds, f"{ratios[-1]:.1f}x"]))
     mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
     note = "int8: quantization per token, product and rescaling; to bits: the product of packed inputs, folded to bits."
     return [*lines, "", f"Geometric mean of the last column: {mean:.1f}x. {note}"]
