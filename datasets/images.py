@@ -31,7 +31,7 @@ def _open(path: Path, max_pixels: int) -> Image.Image:
     except _DECODING_ERRORS as error:
         reason = "is empty (0 bytes)" if path.is_file() and path.stat().st_size == 0 else f"is no readable image ({error})"
         raise UserError(
-            f"cannot read {str(path)!r}: it {reason}; replace or remove it, or give --skip_bad_images"
+            f"cannot read {str(path)!r}: it {reason}; replace or remove it (--skip_bad_images leaves it out of a training)"
         ) from error
     if image.width * image.height > max_pixels:
         raise UserError(
@@ -53,7 +53,7 @@ def image_size(path: Path, max_pixels: int = DEFAULT_MAX_PIXELS) -> tuple[int, i
 
 def _undecodable(path: Path, error: Exception) -> UserError:
     return UserError(
-        f"cannot decode {str(path)!r}: damaged or cut short ({error}); replace or remove it, or give --skip_bad_images"
+        f"cannot decode {str(path)!r}: damaged or cut short ({error}); replace or remove it (--skip_bad_images leaves it out of a training)"
     )
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from common.errors import UserError
 from datasets.catalog import LAYOUTS, choose_items, data_root
 from datasets.records import ImageDataset, Record
 from utils.arguments import add_data_arguments
@@ -39,7 +40,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 def evaluate_models(arguments: argparse.Namespace) -> int:
     """Print a row per model and category."""
-    if arguments.threads:
+    if arguments.threads is not None:
+        if arguments.threads < 1:
+            raise UserError("--threads must be at least 1")
         torch.set_num_threads(arguments.threads)
     layout, root = LAYOUTS[arguments.dataset], data_root(arguments.dataset, arguments.data_path)
     rows = [("model", "item", *METRIC_NAMES, "OK right", "NG right", "MB", "ms per image")]

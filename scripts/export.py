@@ -6,6 +6,7 @@ python -m scripts.export --checkpoint RUN/bottle/model.pth --output bottle.onnx
 """
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -53,6 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def export(arguments: argparse.Namespace) -> int:
     """Write the file that the suffix of --output asks for."""
+    _check_numbers(arguments)
     suffix = arguments.output.suffix
     if suffix == ".onnx":
         export_graph(arguments.checkpoint, arguments.output, arguments.encoder_weights)
@@ -66,6 +68,13 @@ def export(arguments: argparse.Namespace) -> int:
         raise UserError(f"--output {str(arguments.output)!r} must end with .binaryad or .onnx")
     print(f"written: {arguments.output} ({arguments.output.stat().st_size:,} bytes)")
     return 0
+
+
+def _check_numbers(arguments: argparse.Namespace) -> None:
+    if not 0 <= arguments.threshold_quantile <= 1:
+        raise UserError(f"--threshold_quantile {arguments.threshold_quantile:g} is not between 0 and 1")
+    if not 0 < arguments.threshold_margin < math.inf:
+        raise UserError(f"--threshold_margin {arguments.threshold_margin:g} is no positive factor")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

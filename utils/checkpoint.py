@@ -40,7 +40,8 @@ def atomic_write(path: Path, write: Callable[[IO[bytes]], None]) -> None:
             raise
         raise ResourceError(explain_write_error(path, cause)) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # as where the folder is a file
+            temporary.unlink(missing_ok=True)
 
 
 def _sync_folder(folder: Path) -> None:
@@ -63,7 +64,7 @@ def explain_write_error(path: Path, error: OSError) -> str:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         with contextlib.suppress(OSError):
             free = shutil.disk_usage(path.parent).free / 1e6
-            return f"disk full: {str(path)!r} could not be written, {free:.0f} MB are free; make room and use --resume"
+            return f"disk full: {str(path)!r} could not be written, {free:.0f} MB are free; make room and run the command again"
     return f"cannot write {str(path)!r}: {error.strerror or error}; check the folder and its permissions"
 
 

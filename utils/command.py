@@ -32,7 +32,7 @@ def run_command(parser: argparse.ArgumentParser, argv: Sequence[str] | None, wor
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except (MemoryError, torch.OutOfMemoryError):
-        print("error: out of memory; lower --batch_size, or give --cache_features disk", file=sys.stderr)
+        print("error: out of memory; lower --batch_size, or in training give --cache_features disk", file=sys.stderr)
         return 4
     except BrokenPipeError:  # the reader of our output went away, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -39,10 +40,15 @@ class PackingOptions:
 def pack_detector(detector: Detector, options: PackingOptions) -> None:
     """Bring a trained detector into the form that its file will have, in place; it then computes as the loaded file does."""
     _replace_modules(detector, options)
-    for name, tensor in _tensors(detector).items():
+    _round(_tensors(detector), options)
+    prepare_modules(detector.eval().requires_grad_(False))
+
+
+def _round(tensors: dict[str, Tensor], options: PackingOptions) -> None:
+    """Give tensors the values that they have, or would have, in a file."""
+    for name, tensor in tensors.items():
         if tensor.is_floating_point():
             tensor.data = tensor.data.to(_stored_type(name, tensor, options)).to(_working_type(name, options))
-    prepare_modules(detector.eval())
 
 
 def _replace_modules(detector: Detector, options: PackingOptions) -> None:
@@ -53,7 +59,7 @@ def _replace_modules(detector: Detector, options: PackingOptions) -> None:
                 to_int8(part)
     if options.encoder == "int8":
         to_int8(detector.encoder)
-    elif options.encoder == "bf16":
+    elif options.encoder == "bf16" and _computes_bfloat16():
         detector.encoder.to(torch.bfloat16)
 
 
@@ -66,11 +72,24 @@ def _stored_type(name: str, tensor: Tensor, options: PackingOptions) -> torch.dt
     """Scales, thresholds, biases, norms and prototypes stay float32: rounding them would change binary decisions."""
     if name.startswith("encoder."):
         return _FLOAT_TYPES[options.encoder]
-    return _FLOAT_TYPES[options.trained] if tensor.ndim > 1 and name != "prototype_token" else torch.float32
+    is_weight = tensor.ndim == 2 and name != "prototype_token"  # a head's scales and gates have three dimensions
+    return _FLOAT_TYPES[options.trained] if is_weight else torch.float32
 
 
 def _working_type(name: str, options: PackingOptions) -> torch.dtype:
-    return torch.bfloat16 if name.startswith("encoder.") and options.encoder == "bf16" else torch.float32
+    is_bfloat16 = name.startswith("encoder.") and options.encoder == "bf16" and _computes_bfloat16()
+    return torch.bfloat16 if is_bfloat16 else torch.float32
+
+
+@cache
+def _computes_bfloat16() -> bool:
+    """Whether this CPU has instructions for bfloat16; without them it is four times slower than float32 (said once)."""
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    has_instructions = any(value for name, value in capabilities.items() if name.endswith("bf16"))
+    if has_instructions and torch.backends.cpu.get_cpu_capability() != "AVX2":
+        return True
+    logger.warning("the bfloat16 encoder runs in float32: this CPU has no bfloat16 arithmetic")
+    return False
 
 
 def packed_bytes(detector: Detector, options: PackingOptions, description: dict) -> bytes:
@@ -128,7 +147,7 @@ def load_packed(path: Path, device: torch.device | str = "cpu", encoder_weights:
         options = PackingOptions(**description["precision"])
         detector = _skeleton(description, options, encoder_weights)
         _fill(detector, tensors, options)
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, AssertionError, RuntimeError) as error:
         raise UserError(
             f"model unusable: {str(path)!r} does not describe a model this program knows ({error}); export it again"
         ) from error
@@ -156,6 +175,7 @@ def _skeleton(description: dict, options: PackingOptions, encoder_weights: str |
                 f"{detector.encoder.source} has {detector.encoder.weights_sha256[:16]}; give --encoder_weights FILE"
             )
     _replace_modules(detector, options)
+    _round({name: tensor for name, tensor in _tensors(detector).items() if tensor.device.type != "meta"}, options)
     return detector
 
 
@@ -174,9 +194,11 @@ def _fill(detector: Detector, tensors: dict[str, Tensor], options: PackingOption
         expected, value = getattr(module, leaf), tensors[name]
         if value.shape != expected.shape:
             raise ValueError(f"{name} has shape {tuple(value.shape)}, expected {tuple(expected.shape)}")
-        if expected.is_floating_point():
+        if expected.is_floating_point() and value.is_floating_point():
             value = value.to(_working_type(name, options))
-        elif expected.dtype == torch.int32:
+        elif expected.dtype == torch.int32 and value.dtype == torch.int16:
             value = value.to(torch.int32)
+        elif value.dtype != expected.dtype:
+            raise ValueError(f"{name} has type {value.dtype}, expected {expected.dtype}")
         parameters = module._parameters if leaf in module._parameters else module._buffers
         parameters[leaf] = nn.Parameter(value, requires_grad=False) if leaf in module._parameters else value

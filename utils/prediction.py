@@ -129,10 +129,7 @@ def rgb_photo(image: Photo, max_pixels: int = DEFAULT_MAX_PIXELS) -> Image.Image
         if image.mode.startswith(("I", "F")):
             raise UserError(f"cannot use a PIL image of mode {image.mode!r}; convert it to 8 bits, or give its file instead")
         return ImageOps.exif_transpose(image).convert("RGB")
-    try:
-        return load_image(Path(image), max_pixels)
-    except UserError as error:
-        raise UserError(str(error).removesuffix(", or give --skip_bad_images")) from error  # a flag of training only
+    return load_image(Path(image), max_pixels)
 
 
 def placed_map(anomaly_map: Tensor, size: tuple[int, int], input_size: int, crop_size: int) -> np.ndarray:

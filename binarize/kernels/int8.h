@@ -9,6 +9,10 @@ INLINE void NAME(store_bytes)(uint8_t *target, V values, float inverse) {
     const I whole = (I)(values * inverse + 12582912.0f) - (0x4b400000 - 128);
 #if PATH_AVX512
     _mm_storeu_si128((__m128i *)target, _mm512_cvtepi32_epi8((__m512i)whole));
+#elif PATH_AVX2
+    const __m128i low = _mm256_castsi256_si128((__m256i)whole), high = _mm256_extracti128_si256((__m256i)whole, 1);
+    const __m128i words = _mm_packs_epi32(low, high);
+    _mm_storel_epi64((__m128i *)target, _mm_packus_epi16(words, words));
 #else
     int32_t buffer[LANES];
     memcpy(buffer, &whole, sizeof(buffer));

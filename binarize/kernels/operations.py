@@ -272,7 +272,7 @@ def softmax_attention(sums: Tensor, row_scales: Tensor, bias: Tensor, tokens: in
     width = sums.shape[1] // 3
     c = _for_c(sums)
     if c is None or not c.has_softmax_attention or width // heads % 32:
-        return oracle.softmax_attention(sums, row_scales, bias, tokens, heads)
+        return oracle.softmax_attention(rescale(sums, row_scales, bias, None, None), tokens, heads)
     out = sums.new_empty(len(sums), width)
     images = len(sums) // tokens
     c.call("softmax_attention", sums, images, tokens, heads, width // heads, row_scales, bias, out)

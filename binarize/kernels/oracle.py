@@ -116,8 +116,7 @@ def rescale(sums: Tensor, row_scales: Tensor, bias: Tensor, layer_scale: Tensor 
     return out if residual is None else residual + out
 
 
-def softmax_attention(sums: Tensor, row_scales: Tensor, bias: Tensor, tokens: int, heads: int) -> Tensor:
-    """Softmax attention of queries, keys and values sums * row_scales + bias (B * tokens, 3C) -> (B * tokens, C)."""
-    projected = (sums * row_scales.unsqueeze(1) + bias).unflatten(1, (3, heads, -1)).unflatten(0, (-1, tokens))
-    query, key, value = projected.permute(2, 0, 3, 1, 4)
+def softmax_attention(projected: Tensor, tokens: int, heads: int) -> Tensor:
+    """Softmax attention of queries, keys and values (B * tokens, 3C) -> (B * tokens, C)."""
+    query, key, value = projected.unflatten(1, (3, heads, -1)).unflatten(0, (-1, tokens)).permute(2, 0, 3, 1, 4)
     return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2).flatten(0, 1)
