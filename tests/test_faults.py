@@ -203,7 +203,8 @@ def test_damaged_model_is_refused_in_the_test_phase(fails, train, tmp_path, mvte
     assert train(*ITERATIONS, data=mvtec) == 0
     model = run_folder(tmp_path) / "bottle" / "model.pth"
     content = bytearray(model.read_bytes())
-    content[len(content) // 2] ^= 1
+    largest = max(load_checkpoint(model)["model"].values(), key=torch.numel).numpy().tobytes()
+    content[content.index(largest) + len(largest) // 2] ^= 1  # elsewhere the format has padding, which nobody reads
     model.write_bytes(content)
     assert "damaged" in fails("--phase", "test", data=mvtec)
     assert model.read_bytes() == bytes(content)
