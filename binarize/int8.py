@@ -102,6 +102,26 @@ def _exact_weight_bits() -> int | None:
     return None
 
 
+class Int8Convolution(nn.Module):
+    """A convolution whose weights are 8 bits in the file only: it is one layer of many and computes in float32."""
+
+    def __init__(self, layer: nn.Conv2d):
+        super().__init__()
+        self.shape, self.stride, self.padding = layer.weight.shape, layer.stride, layer.padding
+        weight, scale = quantize_weight(layer.weight.detach().float().flatten(1))
+        self.register_buffer("weight", weight)
+        self.register_buffer("weight_scale", scale)
+        self.register_buffer("bias", torch.zeros_like(scale) if layer.bias is None else layer.bias.detach().float().clone())
+        self._weight = None
+
+    def prepare(self) -> None:
+        """Unpack the weights."""
+        self._weight = (self.weight.float() * self.weight_scale.unsqueeze(1)).reshape(self.shape)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return F.conv2d(images, self._weight, self.bias, self.stride, self.padding)
+
+
 class Int8Mlp(nn.Module):
     """Linear, GELU, Linear in 8 bits."""
 
@@ -183,7 +203,7 @@ def _is_plain_block(block: nn.Module) -> bool:
 
 
 def to_int8(module: nn.Module) -> None:
-    """Replace every transformer block, MLP and linear layer below a module by its 8-bit form, in place."""
+    """Replace every transformer block, MLP, linear layer and convolution below a module by its 8-bit form, in place."""
     for name, child in list(module.named_children()):
         if _is_plain_block(child):
             setattr(module, name, Int8Block(child))
@@ -191,5 +211,7 @@ def to_int8(module: nn.Module) -> None:
             setattr(module, name, Int8Mlp(child))
         elif type(child) is nn.Linear:
             setattr(module, name, Int8Linear(child))
+        elif type(child) is nn.Conv2d and child.groups == 1 and child.dilation == (1, 1):
+            setattr(module, name, Int8Convolution(child))
         else:
             to_int8(child)

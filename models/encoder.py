@@ -58,7 +58,7 @@ class FrozenEncoder(nn.Module):
     def forward(self, images: Tensor) -> list[Tensor]:
         """Patch tokens (B, N, C) of every tapped block for images (B, 3, H, W); raw block outputs, no final norm."""
         outputs = self.vit.forward_intermediates(
-            images.to(self.vit.patch_embed.proj.weight.dtype),
+            images.to(next(self.vit.parameters()).dtype),
             indices=self.taps,
             norm=False,
             output_fmt="NLC",
