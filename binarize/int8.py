@@ -202,6 +202,11 @@ def _is_plain_block(block: nn.Module) -> bool:
     )
 
 
+def _is_plain_convolution(layer: nn.Module) -> bool:
+    """Whether `Int8Convolution` computes what this layer does."""
+    return type(layer) is nn.Conv2d and (layer.groups, layer.dilation, layer.padding_mode) == (1, (1, 1), "zeros")
+
+
 def to_int8(module: nn.Module) -> None:
     """Replace every transformer block, MLP, linear layer and convolution below a module by its 8-bit form, in place."""
     for name, child in list(module.named_children()):
@@ -211,7 +216,7 @@ def to_int8(module: nn.Module) -> None:
             setattr(module, name, Int8Mlp(child))
         elif type(child) is nn.Linear:
             setattr(module, name, Int8Linear(child))
-        elif type(child) is nn.Conv2d and child.groups == 1 and child.dilation == (1, 1):
+        elif _is_plain_convolution(child):
             setattr(module, name, Int8Convolution(child))
         else:
             to_int8(child)

@@ -13,7 +13,7 @@ from datasets.records import ImageDataset, Record
 from datasets.transforms import IMAGENET_MEAN, IMAGENET_STD
 from models.detector import Detector
 from utils.agreement import compare_on_bits, packed_copy
-from utils.checkpoint import atomic_write
+from utils.checkpoint import atomic_write, load_checkpoint
 from utils.detectors import load_detector
 from utils.evaluation import EvaluationOptions, calibrate_scale, evaluate
 from utils.onnx_export import export_onnx
@@ -73,8 +73,8 @@ def export_packed(
     Raises:
         UserError: see `load_detector` and `check_exportable`; nothing is written then.
     """
+    check_exportable(load_checkpoint(checkpoint), checkpoint)
     detector, content = load_detector(checkpoint, encoder_weights)
-    check_exportable(content, checkpoint)
     if content["config"]["act_bits"] == 1:
         logger.info("on bits: %s", compare_on_bits(detector, _features_of_noise(detector, content)).describe())
     packed = packed_copy(detector, options)

@@ -36,6 +36,10 @@ class PackingOptions:
     trained: str = "int8"
     encoder_reference: bool = False
 
+    def __post_init__(self):
+        if self.encoder not in ENCODER_PRECISIONS or self.trained not in TRAINED_PRECISIONS:
+            raise ValueError(f"unknown precision {self.encoder!r} or {self.trained!r}")
+
 
 def pack_detector(detector: Detector, options: PackingOptions) -> None:
     """Bring a trained detector into the form that its file will have, in place; it then computes as the loaded file does."""
