@@ -83,6 +83,7 @@ def compile_library(compiler: str, folder: Path, extra_flags: Sequence[str] = ()
         done = subprocess.run(command, capture_output=True, text=True, timeout=600)
         if done.returncode:
             raise CompilationError(f"{' '.join(command)} failed: {done.stderr.strip()[-2000:]}")
+        os.chmod(temporary, 0o700)  # some linkers make the file anew, writable by whom the umask allows
         os.replace(temporary, library)
     finally:
         Path(temporary).unlink(missing_ok=True)
@@ -116,7 +117,7 @@ def load_library() -> ctypes.CDLL | None:
         return None
     try:
         return ctypes.CDLL(str(_compiled(compiler)))
-    except (CompilationError, OSError) as error:
+    except (CompilationError, OSError, subprocess.TimeoutExpired) as error:
         logger.warning("the C kernels cannot be used: %s; binary layers run in plain torch, correct but slow", error)
         return None
 

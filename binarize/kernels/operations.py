@@ -15,6 +15,7 @@ from binarize.kernels.library import PATHS, chosen_path, load_library
 
 MOST_PROTOTYPES, MOST_CHANNELS = 64, 4096
 _KEY_PADDING = 16
+_TYPES_IN_C = (torch.float32, torch.int32, torch.uint8)
 
 
 class Kernels:
@@ -28,13 +29,16 @@ class Kernels:
         self.has_softmax_attention = path == "avx512" and bool(library.binaryad_has_softmax_attention())
 
     def call(self, name: str, *arguments: Tensor | int | float | None) -> None:
-        """Run a C function on dense tensors and numbers."""
+        """Run a C function on tensors and numbers; outputs must be dense, of other tensors it gets dense copies."""
         threads = torch.get_num_threads() if self._threaded else 1
-        getattr(self.library, f"binaryad_{name}")(self._number, threads, *map(_c_value, arguments))
+        dense = [value.contiguous() if isinstance(value, Tensor) else value for value in arguments]  # outlive the call
+        getattr(self.library, f"binaryad_{name}")(self._number, threads, *map(_c_value, dense))
 
 
 def _c_value(value: Tensor | int | float | None) -> ctypes._SimpleCData | None:
     if isinstance(value, Tensor):
+        if not value.is_cpu or value.dtype not in _TYPES_IN_C:
+            raise TypeError(f"the kernels take float32, int32 and uint8 on the CPU, not {value.dtype} on {value.device}")
         return ctypes.c_void_p(value.data_ptr())
     return c_float(value) if isinstance(value, float) else value if value is None else c_int64(value)
 
@@ -65,21 +69,30 @@ def _for_c(tensor: Tensor) -> Kernels | None:
     return kernels() if tensor.is_cpu else None
 
 
-def _refuse(what: str, *tensors: Tensor) -> NoReturn:
-    raise ValueError(f"{what}: {', '.join(str(tuple(tensor.shape)) for tensor in tensors)}")
+def _refuse(what: str, *tensors: Tensor | None) -> NoReturn:
+    raise ValueError(f"{what}: {', '.join(str(tensor if tensor is None else tuple(tensor.shape)) for tensor in tensors)}")
+
+
+def _are_rows(rows: Tensor, per_row: Tensor | None, *per_column: Tensor | None) -> bool:
+    """Whether `rows` is (rows, n), and the others are absent or (rows,) and (n,)."""
+    return (
+        rows.ndim == 2
+        and (per_row is None or per_row.shape == rows.shape[:1])
+        and all(values is None or values.shape == rows.shape[1:] for values in per_column)
+    )
 
 
 @torch.library.custom_op("binaryad::pack", mutates_args=())
 def pack(x: Tensor, threshold: Tensor) -> Tensor:
     """Bits of x (rows, k) - threshold (k) >= 0."""
-    if x.shape[1:] != threshold.shape:
+    if not _are_rows(x, None, threshold):
         _refuse("x and threshold do not fit", x, threshold)
     c = _for_c(x)
     if c is None:
         return oracle.pack(x, threshold)
-    x = x.float().contiguous()
+    x = x.float()
     bits = x.new_empty(len(x), oracle.words_of(x.shape[1]), dtype=torch.int32)
-    c.call("pack", x, len(x), x.shape[1], threshold.contiguous(), bits)
+    c.call("pack", x, len(x), x.shape[1], threshold, bits)
     return bits
 
 
@@ -91,12 +104,12 @@ def _(x: Tensor, threshold: Tensor) -> Tensor:
 @torch.library.custom_op("binaryad::layer_norm_pack", mutates_args=())
 def layer_norm_pack(x: Tensor, weight: Tensor, bias: Tensor, eps: float, threshold: Tensor) -> Tensor:
     """Bits of layer_norm(x (rows, k)) - threshold (k) >= 0."""
-    if not x.shape[1:] == weight.shape == bias.shape == threshold.shape:
+    if not _are_rows(x, None, weight, bias, threshold):
         _refuse("x, norm and threshold do not fit", x, weight, bias, threshold)
     c = _for_c(x)
     if c is None:
         return oracle.layer_norm_pack(x, weight, bias, eps, threshold)
-    x = x.float().contiguous()
+    x = x.float()
     bits = x.new_empty(len(x), oracle.words_of(x.shape[1]), dtype=torch.int32)
     c.call("layer_norm_pack", x, len(x), x.shape[1], weight, bias, float(eps), threshold, bits)
     return bits
@@ -110,7 +123,7 @@ def _(x: Tensor, weight: Tensor, bias: Tensor, eps: float, threshold: Tensor) ->
 @torch.library.custom_op("binaryad::linear", mutates_args=())
 def linear(bits: Tensor, panels: Tensor, in_features: int, scale: Tensor, bias: Tensor, residual: Tensor | None) -> Tensor:
     """scale * (signs of bits @ signs of weights) + bias (+ residual (rows, out)), (rows, out) float32."""
-    _check_product(bits, panels, in_features, len(scale))
+    _check_product(bits, panels, in_features, scale, bias)
     shape = (len(bits), len(scale))
     if residual is not None and residual.shape != shape:
         _refuse(f"residual is not {shape}", residual)
@@ -118,7 +131,7 @@ def linear(bits: Tensor, panels: Tensor, in_features: int, scale: Tensor, bias: 
     if c is None:
         return oracle.linear(bits, panels, in_features, scale, bias, residual)
     out = scale.new_empty(shape)
-    residual = None if residual is None else residual.float().contiguous()
+    residual = None if residual is None else residual.float()
     c.call("linear", bits, len(bits), panels, in_features, len(scale), scale, bias, residual, out)
     return out
 
@@ -131,7 +144,7 @@ def _(bits: Tensor, panels: Tensor, in_features: int, scale: Tensor, bias: Tenso
 @torch.library.custom_op("binaryad::linear_to_bits", mutates_args=())
 def linear_to_bits(bits: Tensor, panels: Tensor, in_features: int, low: Tensor, span: Tensor) -> Tensor:
     """Bits that are 0 where low (out) <= mismatches <= low + span (out), else 1: what follows the product is folded in."""
-    _check_product(bits, panels, in_features, len(low))
+    _check_product(bits, panels, in_features, low, span)
     c = _for_c(bits)
     if c is None:
         return oracle.linear_to_bits(bits, panels, in_features, low, span)
@@ -160,19 +173,19 @@ def prototype_attention(
     head_scale, share, slope, middle: (heads). Without `share` the map stays float, without `slope` the gate is 1.
     Returns (B * N, words).
     """
-    batch, tokens, width = query.shape
-    count = projected.shape[1]
-    if projected.shape != (batch, count, 2 * width):
-        _refuse("queries and prototypes do not fit", query, projected)
+    heads, gates = len(head_scale), (head_scale, share, slope, middle)
+    if query.ndim != 3 or projected.ndim != 3 or (slope is None) != (middle is None):
+        _refuse("queries, prototypes or gates are not what they must be", query, projected, *gates)
+    (batch, tokens, width), count = query.shape, projected.shape[1]
+    fits = projected.shape == (batch, count, 2 * width) and width % heads == 0 and threshold.shape == (width,)
+    if not (fits and all(values is None or values.shape == (heads,) for values in gates)):
+        _refuse("queries, prototypes, gates and threshold do not fit", query, projected, *gates, threshold)
     c = _for_c(query)
     if c is None or count > MOST_PROTOTYPES or width > MOST_CHANNELS:
         return oracle.prototype_attention(query, projected, head_scale, share, slope, middle, threshold)
-    query, projected = query.contiguous(), projected.contiguous()
-    heads = len(head_scale)
     keys = query.new_empty(batch * width * (-(-count // _KEY_PADDING) * _KEY_PADDING))
     bits = query.new_empty(batch * tokens, oracle.words_of(width), dtype=torch.int32)
     sizes = (count, heads, width // heads)
-    gates = (head_scale, share, slope, middle)
     c.call("prototype_attention", query, batch, tokens, projected, *sizes, keys, *gates, threshold, bits)
     return bits
 
@@ -182,12 +195,11 @@ def _(query, projected, head_scale, share, slope, middle, threshold) -> Tensor:
     return query.new_empty(query.shape[0] * query.shape[1], oracle.words_of(query.shape[2]), dtype=torch.int32)
 
 
-def _check_product(bits: Tensor, panels: Tensor, in_features: int, out_features: int) -> None:
-    words = oracle.words_of(in_features)
-    if bits.shape[1:] != (words,) or panels.shape != (-(-out_features // 32), words, 32):
-        _refuse(f"bits and panels are not for {in_features} -> {out_features} features", bits, panels)
-    if not (bits.is_contiguous() and panels.is_contiguous()):
-        _refuse("bits and panels must be contiguous", bits, panels)
+def _check_product(bits: Tensor, panels: Tensor, in_features: int, *per_output: Tensor) -> None:
+    words, outputs = oracle.words_of(in_features), per_output[0].shape[:1]
+    fits = bits.shape[1:] == (words,) and panels.shape == (-(-len(per_output[0]) // 32), words, 32)
+    if not (fits and all(values.shape == outputs for values in per_output)):
+        _refuse(f"bits, panels and outputs do not fit, or not to {in_features} inputs", bits, panels, *per_output)
 
 
 def _quantized_like(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -197,10 +209,11 @@ def _quantized_like(x: Tensor) -> tuple[Tensor, Tensor]:
 @torch.library.custom_op("binaryad::quantize", mutates_args=())
 def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
     """x (rows, n) -> bytes 128 + round(x / scale), and scale = max |x| / 127 of each row."""
+    if x.ndim != 2:
+        _refuse("x is not (rows, n)", x)
     c = _for_c(x)
     if c is None:
         return oracle.quantize(x)
-    x = x.contiguous()
     out, scales = _quantized_like(x)
     c.call("quantize", x, *x.shape, out, scales)
     return out, scales
@@ -214,12 +227,11 @@ def _(x: Tensor) -> tuple[Tensor, Tensor]:
 @torch.library.custom_op("binaryad::layer_norm_quantize", mutates_args=())
 def layer_norm_quantize(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """`quantize` of layer_norm(x (rows, n))."""
-    if not x.shape[1:] == weight.shape == bias.shape:
+    if not _are_rows(x, None, weight, bias):
         _refuse("x and norm do not fit", x, weight, bias)
     c = _for_c(x)
     if c is None:
         return oracle.layer_norm_quantize(x, weight, bias, eps)
-    x = x.contiguous()
     out, scales = _quantized_like(x)
     c.call("layer_norm_quantize", x, *x.shape, weight, bias, float(eps), out, scales)
     return out, scales
@@ -233,6 +245,8 @@ def _(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tens
 @torch.library.custom_op("binaryad::gelu_quantize", mutates_args=())
 def gelu_quantize(sums: Tensor, row_scales: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     """`quantize` of gelu(sums (rows, n) * row_scales (rows) + bias (n))."""
+    if not _are_rows(sums, row_scales, bias):
+        _refuse("sums, row scales and bias do not fit", sums, row_scales, bias)
     c = _for_c(sums)
     if c is None:
         return oracle.gelu_quantize(sums, row_scales, bias)
@@ -249,18 +263,19 @@ def _(sums: Tensor, row_scales: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
 @torch.library.custom_op("binaryad::rescale", mutates_args=())
 def rescale(sums: Tensor, row_scales: Tensor, bias: Tensor, layer_scale: Tensor | None, residual: Tensor | None) -> Tensor:
     """residual (rows, n) + layer_scale (n) (sums (rows, n) * row_scales (rows) + bias (n)); the last two may be absent."""
+    if not _are_rows(sums, row_scales, bias, layer_scale) or (residual is not None and residual.shape != sums.shape):
+        _refuse("sums, scales, bias and residual do not fit", sums, row_scales, bias, layer_scale, residual)
     c = _for_c(sums)
     if c is None:
         return oracle.rescale(sums, row_scales, bias, layer_scale, residual)
-    out = torch.empty_like(sums)
-    residual = None if residual is None else residual.contiguous()
+    out = torch.empty_like(sums, memory_format=torch.contiguous_format)
     c.call("rescale", sums, *sums.shape, row_scales, bias, layer_scale, residual, out)
     return out
 
 
 @rescale.register_fake
 def _(sums, row_scales, bias, layer_scale, residual) -> Tensor:
-    return torch.empty_like(sums)
+    return torch.empty_like(sums, memory_format=torch.contiguous_format)
 
 
 @torch.library.custom_op("binaryad::softmax_attention", mutates_args=())
@@ -269,6 +284,8 @@ def softmax_attention(sums: Tensor, row_scales: Tensor, bias: Tensor, tokens: in
 
     With AVX-512 BF16 the products are bfloat16, the sums float32; elsewhere torch's float32 attention.
     """
+    if not _are_rows(sums, row_scales, bias) or min(tokens, heads) < 1 or len(sums) % tokens or sums.shape[1] % (3 * heads):
+        _refuse(f"sums, row scales and bias are not for {tokens} tokens and {heads} heads", sums, row_scales, bias)
     width = sums.shape[1] // 3
     c = _for_c(sums)
     if c is None or not c.has_softmax_attention or width // heads % 32:
