@@ -26,13 +26,13 @@ typedef float NAME(UnalignedK) __attribute__((vector_size(4 * KEY_LANES), aligne
 #define I NAME(I)
 
 INLINE V NAME(load)(const float *values) { return *(const NAME(Unaligned) *)values; }
-
-INLINE void NAME(store)(float *target, V values) { *(NAME(Unaligned) *)target = values; }
-
-INLINE V NAME(splat)(float value) { return value - (V){0}; }
-
-/* The first `count` (at most LANES) values, then zeros. */
-INLINE V NAME(load_part)(const float *values, int64_t count) {
+                    
+                    INLINE void NAME(store)(float *target, V values) { *(NAME(Unaligned) *)target = values; }
+                        
+                        INLINE V NAME(splat)(float value) { return value - (V){0}; }
+                     
+                     /* The first `count` (at most LANES) values, then zeros. */
+                     INLINE V NAME(load_part)(const float *values, int64_t count) {
     float buffer[LANES] = {0};
     memcpy(buffer, values, (size_t)count * sizeof(float));
     return NAME(load)(buffer);
@@ -50,11 +50,11 @@ INLINE float NAME(sum)(V v) {
 }
 
 INLINE V NAME(choose)(I condition, V yes, V no) { return (V)(((I)yes & condition) | ((I)no & ~condition)); }
-
-INLINE V NAME(maximum)(V a, V b) { return NAME(choose)(a > b, a, b); }
-
-/* exp, x clamped to [-87, 87]; relative error below 3e-7 (polynomial of degree 6 on [-ln2/2, ln2/2]). */
-INLINE V NAME(exponential)(V x) {
+                      
+                      INLINE V NAME(maximum)(V a, V b) { return NAME(choose)(a > b, a, b); }
+                       
+                       /* exp, x clamped to [-87, 87]; relative error below 3e-7 (polynomial of degree 6 on [-ln2/2, ln2/2]). */
+                       INLINE V NAME(exponential)(V x) {
     x = NAME(choose)(x < -87.0f, NAME(splat)(-87.0f), NAME(choose)(x > 87.0f, NAME(splat)(87.0f), x));
     const V magic = NAME(splat)(12582912.0f); /* 1.5 * 2^23: adding it rounds to an integer */
     const V whole = (x * 1.44269504088896341f + magic) - magic;
@@ -128,7 +128,7 @@ INLINE void NAME(pack_row)(const float *row, int64_t k, const float *threshold, 
 
 /* Layer norm of one row, 32 columns at a time, straight into bits. */
 INLINE void NAME(layer_norm_pack_row)(const float *row, int64_t k, const float *weight, const float *bias, float eps,
-                                const float *threshold, uint32_t *bits) {
+                                      const float *threshold, uint32_t *bits) {
     float mean, inverse, buffer[32];
     NAME(row_moments)(row, k, eps, &mean, &inverse);
     const int64_t words = words_of(k);
@@ -153,7 +153,7 @@ static void NAME(pack_rows)(const float *x, int64_t first, int64_t last, int64_t
 }
 
 static void NAME(layer_norm_pack_rows)(const float *x, int64_t first, int64_t last, int64_t k, const float *weight,
-                                 const float *bias, float eps, const float *threshold, uint32_t *bits) {
+                                       const float *bias, float eps, const float *threshold, uint32_t *bits) {
     for (int64_t row = first; row < last; ++row)
         NAME(layer_norm_pack_row)(x + row * k, k, weight, bias, eps, threshold, bits + row * words_of(k));
 }
@@ -229,7 +229,7 @@ INLINE void NAME(finish_vectors)(const Product *product, int64_t row, int64_t pa
 
 /* `rows` rows by 32 columns; with a constant `rows` the counts stay in registers. */
 INLINE void NAME(tile)(const Product *product, const uint32_t *bits, const uint32_t *weights, int64_t row,
-                                      int64_t panel, const int rows) {
+                       int64_t panel, const int rows) {
     __m512i low[8], high[8];
 #pragma GCC unroll 8
     for (int r = 0; r < rows; ++r) low[r] = high[r] = _mm512_setzero_si512();
@@ -249,7 +249,7 @@ INLINE void NAME(tile)(const Product *product, const uint32_t *bits, const uint3
 }
 
 static void NAME(multiply)(const Product *product, const uint32_t *bits, const uint32_t *panels, int64_t first,
-                                          int64_t last) {
+                           int64_t last) {
     const int64_t count = (product->n + PANEL - 1) / PANEL;
     for (int64_t panel = 0; panel < count; ++panel) {
         const uint32_t *weights = panels + panel * product->words * PANEL;
@@ -263,7 +263,7 @@ static void NAME(multiply)(const Product *product, const uint32_t *bits, const u
 #elif PATH_AVX2
 
 INLINE void NAME(tile)(const Product *product, const uint32_t *bits, const uint32_t *weights, int64_t row,
-                                  int64_t panel, const int rows) {
+                       int64_t panel, const int rows) {
     const __m256i nibble = _mm256_set1_epi8(15);
     const __m256i counts = _mm256_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4, 0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3,
                                             2, 3, 3, 4);
@@ -303,7 +303,7 @@ INLINE void NAME(tile)(const Product *product, const uint32_t *bits, const uint3
 }
 
 static void NAME(multiply)(const Product *product, const uint32_t *bits, const uint32_t *panels, int64_t first,
-                                      int64_t last) {
+                           int64_t last) {
     const int64_t count = (product->n + PANEL - 1) / PANEL;
     for (int64_t panel = 0; panel < count; ++panel) {
         const uint32_t *weights = panels + panel * product->words * PANEL;
