@@ -29,9 +29,11 @@ def _open(path: Path, max_pixels: int) -> Image.Image:
     try:
         image = Image.open(path)
     except _DECODING_ERRORS as error:
+        if not path.exists():
+            raise UserError(f"image not found: {str(path)!r} does not exist; correct the path") from error
         reason = "is empty (0 bytes)" if path.is_file() and path.stat().st_size == 0 else f"is no readable image ({error})"
         raise UserError(
-            f"cannot read {str(path)!r}: it {reason}; replace or remove it (--skip_bad_images leaves it out of a training)"
+            f"cannot read {str(path)!r}: it {reason}; replace or remove it"
         ) from error
     if image.width * image.height > max_pixels:
         raise UserError(
@@ -53,7 +55,7 @@ def image_size(path: Path, max_pixels: int = DEFAULT_MAX_PIXELS) -> tuple[int, i
 
 def _undecodable(path: Path, error: Exception) -> UserError:
     return UserError(
-        f"cannot decode {str(path)!r}: damaged or cut short ({error}); replace or remove it (--skip_bad_images leaves it out of a training)"
+        f"cannot decode {str(path)!r}: damaged or cut short ({error}); replace or remove it"
     )
 
 

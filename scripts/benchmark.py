@@ -1,7 +1,7 @@
 """Time and weigh a packed model against the same network in torch float32, bfloat16 and int8, as Markdown.
 
 python -m scripts.benchmark --model bottle.binaryad
-python -m scripts.benchmark --random base --host inp_former --output docs/BENCHMARKS.md      # no checkpoint needed
+python -m scripts.benchmark --random base --host inp_former --output tables.md               # no checkpoint needed
 BINARYAD_ISA=avx2 python -m scripts.benchmark --random small                                 # another path of the kernels
 """
 
@@ -25,14 +25,15 @@ from binarize.kernels import operations, oracle
 from binarize.linear import BinarizationOptions
 from binarize.runtime import prepare_modules
 from binarize.stages import binarize, calibrate
-from common.errors import UserError
 from datasets.transforms import image_transform
-from models.build import build_encoder_without_weights, published_parameter_count
+from models.build import build_encoder_without_weights, check_sizes, published_parameter_count
 from models.detector import Detector
 from utils.agreement import packed_copy
+from utils.arguments import number
 from utils.checkpoint import write_text
 from utils.command import run_command
-from utils.detectors import INP_FORMER
+from utils.detectors import HOSTS as HOSTS_OF_FILES
+from utils.detectors import INP_FORMER, Host
 from utils.packed_model import PackingOptions, load_packed, packed_bytes
 from utils.timing import describe_machine, interleaved_medians
 
@@ -59,9 +60,10 @@ def build_parser() -> argparse.ArgumentParser:
     source.add_argument("--model", type=Path, metavar="FILE.binaryad", help="beside a float network of its sizes")
     source.add_argument("--random", choices=["small", "base", "large"], help="random weights of dinov2reg_vit_SIZE_14")
     parser.add_argument("--host", choices=list(HOSTS), default="inp_former", help="network of --random")
-    parser.add_argument("--crop_size", type=int, default=392, help="of --random; a file has its own")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--repeats", type=int, default=9, help="rounds in which every variant runs once")
+    parser.add_argument("--crop_size", type=number(int, 1), default=392, help="of --random; a file has its own")
+    parser.add_argument("--encoder_weights", metavar="FILE", help="for a file that only names its encoder")
+    parser.add_argument("--threads", type=number(int, 1), default=1)
+    parser.add_argument("--repeats", type=number(int, 1), default=9, help="rounds in which every variant runs once")
     parser.add_argument("--output", type=Path, metavar="FILE.md", help="write the tables there too")
     parser.add_argument("--quiet", action="store_true", help="warnings only")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
@@ -70,17 +72,18 @@ def build_parser() -> argparse.ArgumentParser:
 
 def benchmark(arguments: argparse.Namespace) -> int:
     """Print all tables, and write them to --output."""
-    if arguments.threads < 1 or arguments.repeats < 1:
-        raise UserError("--threads and --repeats must be at least 1")
     torch.set_num_threads(arguments.threads)
     if arguments.model:
-        packed, description = load_packed(arguments.model)
+        packed, description = load_packed(arguments.model, encoder_weights=arguments.encoder_weights)
         name, crop = description["encoder"]["name"], description["config"]["crop_size"]
-        ours = [Variant(f"{arguments.model.name}", packed)]
+        host, published = HOSTS_OF_FILES[description["host"]], description["encoder"]["published_parameters"]
+        ours = [Variant(arguments.model.name, packed)]
     else:
         name, crop, ours = f"dinov2reg_vit_{arguments.random}_14", arguments.crop_size, None
+        host, published = HOSTS[arguments.host], published_parameter_count(name)
+        check_sizes(name, crop, crop)
     with torch.inference_mode():
-        detector = random_detector(name, crop)
+        detector = random_detector(host, name, crop, published)
         variants = float_variants(detector)
         stage_2 = binary_detector(detector, crop)
         variants += ours or packed_variants(stage_2)
@@ -88,7 +91,7 @@ def benchmark(arguments: argparse.Namespace) -> int:
             [f"# {name}, {crop} px, one image", "", *[f"* {line}" for line in describe_machine()]],
             ["## 1-bit linear layers (microseconds)", "", *layer_table(arguments.repeats)],
             ["## Parts and whole (milliseconds)", "", *time_table(variants, crop, arguments.repeats)],
-            ["## Bytes", "", *size_table(detector, stage_2)],
+            ["## Bytes", "", *size_table(detector, stage_2, arguments.model)],
         ]
     text = "\n\n".join("\n".join(section) for section in sections) + "\n"
     print(text)
@@ -97,12 +100,11 @@ def benchmark(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def random_detector(encoder_name: str, crop_size: int) -> Detector:
-    """A float network with random weights: time and bytes do not depend on their values."""
+def random_detector(host: Host, encoder_name: str, crop_size: int, published_parameters: int) -> Detector:
+    """A float network with random weights: time does not depend on their values, bytes by a few percent."""
     torch.manual_seed(0)
-    count = published_parameter_count(encoder_name)
-    encoder = build_encoder_without_weights(encoder_name, crop_size, "random weights", "", count)
-    return INP_FORMER.build(encoder, _PROTOTYPES).eval()
+    encoder = build_encoder_without_weights(encoder_name, crop_size, "random weights", "", published_parameters)
+    return host.build(encoder, _PROTOTYPES).eval()
 
 
 def binary_detector(detector: Detector, crop_size: int) -> Detector:
@@ -224,14 +226,17 @@ def _layer_calls(rows: int, inputs: int, outputs: int) -> list[Callable]:
     ]
 
 
-def size_table(detector: Detector, stage_2: Detector) -> list[str]:
-    """Bytes of packed files of this network against its float32 parameters."""
+def size_table(detector: Detector, stage_2: Detector, model: Path | None) -> list[str]:
+    """Bytes of a given file, and of random networks of its sizes in each precision, against their float32 parameters."""
     encoder = detector.encoder
     trained = 4 * sum(value.numel() for name, value in detector.named_parameters() if not name.startswith("encoder."))
     kept = trained + 4 * sum(value.numel() for value in encoder.parameters())
     published = trained + 4 * encoder.published_parameters
     lines = _header(["file", "trained part", "ratio", "whole", "ratio", "ratio with unused blocks"])
     lines.append(_row(["float32", f"{trained:,}", "1.00x", f"{kept:,}", "1.00x", f"{published / kept:.2f}x"]))
+    if model is not None:
+        size = model.stat().st_size
+        lines.append(_row([model.name, "-", "-", f"{size:,}", f"{kept / size:.2f}x", f"{published / size:.2f}x"]))
     for options in [
         PackingOptions("fp32", "fp32"),
         PackingOptions("bf16", "fp16"),

@@ -12,10 +12,9 @@ from pathlib import Path
 
 import torch
 
-from common.errors import UserError
 from datasets.catalog import LAYOUTS, choose_items, data_root
 from datasets.records import ImageDataset, Record
-from utils.arguments import add_data_arguments
+from utils.arguments import add_data_arguments, number
 from utils.command import run_command
 from utils.devices import choose_device
 from utils.evaluation import EvaluationOptions, evaluate
@@ -32,7 +31,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_data_arguments(parser.add_argument_group("data"))
     parser.add_argument("--encoder_weights", metavar="FILE", help="for models that only name their encoder")
     parser.add_argument("--device", default="cpu", metavar="auto|cpu|cuda[:i]")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
+    parser.add_argument("--threads", type=number(int, 1), help="CPU threads (default: torch's choice)")
     parser.add_argument("--quiet", action="store_true", help="warnings only")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     return parser
@@ -40,9 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def evaluate_models(arguments: argparse.Namespace) -> int:
     """Print a row per model and category."""
-    if arguments.threads is not None:
-        if arguments.threads < 1:
-            raise UserError("--threads must be at least 1")
+    if arguments.threads:
         torch.set_num_threads(arguments.threads)
     layout, root = LAYOUTS[arguments.dataset], data_root(arguments.dataset, arguments.data_path)
     rows = [("model", "item", *METRIC_NAMES, "OK right", "NG right", "MB", "ms per image")]

@@ -26,9 +26,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", type=Path, required=True, metavar="FILE.binaryad|FILE.onnx")
     parser.add_argument("--encoder_weights", metavar="FILE", help="the training's encoder weights, if it was given some")
     packed = parser.add_argument_group("packed file")
-    packed.add_argument("--encoder_precision", choices=ENCODER_PRECISIONS, default="int8")
+    packed.add_argument("--encoder_precision", choices=ENCODER_PRECISIONS, help="default int8")
     packed.add_argument(
-        "--trained_precision", choices=TRAINED_PRECISIONS, default="int8", help="of bottleneck, extractor and a float MLP"
+        "--trained_precision", choices=TRAINED_PRECISIONS, help="of bottleneck, extractor and a float MLP (default int8)"
     )
     packed.add_argument("--encoder_reference", action="store_true", help="store the encoder's name and hash, not its weights")
     packed.add_argument(
@@ -55,19 +55,30 @@ def build_parser() -> argparse.ArgumentParser:
 def export(arguments: argparse.Namespace) -> int:
     """Write the file that the suffix of --output asks for."""
     _check_numbers(arguments)
-    suffix = arguments.output.suffix
+    output, suffix = arguments.output, arguments.output.suffix
+    if suffix not in (".binaryad", ".onnx"):
+        raise UserError(f"--output {str(output)!r} must end with .binaryad or .onnx")
+    given = arguments.calibration_images
+    images = list(find_images(given)) if given else None
+    threshold = ThresholdOptions(arguments.threshold_quantile, arguments.threshold_margin, images, arguments.max_pixels)
     if suffix == ".onnx":
-        export_graph(arguments.checkpoint, arguments.output, arguments.encoder_weights)
-    elif suffix == ".binaryad":
-        options = PackingOptions(arguments.encoder_precision, arguments.trained_precision, arguments.encoder_reference)
-        given = arguments.calibration_images
-        images = list(find_images(given, arguments.output)) if given else None
-        threshold = ThresholdOptions(arguments.threshold_quantile, arguments.threshold_margin, images, arguments.max_pixels)
-        export_packed(arguments.checkpoint, arguments.output, options, threshold, arguments.encoder_weights)
+        _refuse_packed_flags(arguments)
+        export_graph(arguments.checkpoint, output, threshold, arguments.encoder_weights)
     else:
-        raise UserError(f"--output {str(arguments.output)!r} must end with .binaryad or .onnx")
+        options = PackingOptions(
+            arguments.encoder_precision or PackingOptions.encoder,
+            arguments.trained_precision or PackingOptions.trained,
+            arguments.encoder_reference,
+        )
+        export_packed(arguments.checkpoint, output, options, threshold, arguments.encoder_weights)
     print(f"written: {arguments.output} ({arguments.output.stat().st_size:,} bytes)")
     return 0
+
+
+def _refuse_packed_flags(arguments: argparse.Namespace) -> None:
+    for name in ("encoder_precision", "trained_precision", "encoder_reference"):
+        if getattr(arguments, name):
+            raise UserError(f"--{name} is for .binaryad files; an ONNX graph is float32 throughout")
 
 
 def _check_numbers(arguments: argparse.Namespace) -> None:

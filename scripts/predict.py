@@ -24,8 +24,10 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from binarize.kernels.operations import describe_path
 from common.errors import ResourceError, UserError
 from datasets.images import DEFAULT_MAX_PIXELS
+from utils.arguments import number
 from utils.checkpoint import atomic_write, explain_write_error, write_text
 from utils.command import run_command
 from utils.devices import choose_device
@@ -154,6 +156,7 @@ def predict(arguments: argparse.Namespace) -> int:
     source = f"of the model file: {predictor.metadata['decision']['source']}"
     if arguments.threshold is not None:
         predictor.threshold, source = arguments.threshold, "of --threshold"
+    logger.info("binary layers run on: %s", describe_path())
     results = ResultFolder(arguments.output, predictor, arguments.pictures, arguments.maps)
     judging = Judging(predictor, results, arguments.max_pixels)
     try:
@@ -176,16 +179,15 @@ def predict(arguments: argparse.Namespace) -> int:
 
 
 def _threshold(text: str) -> float | None:
-    value = None if text == "auto" else float(text)
-    if value is not None and not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"{text} is neither auto nor a finite number")
+    if text == "auto":
+        return None
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither auto nor a finite number")
     return value
-
-
-def _positive(text: str) -> int:
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
-    return int(text)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -206,9 +208,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="also maps/<image>.png (16 bit, 0: not looked at, scale in scale.json) or .npy (float32, NaN: not looked at)",
     )
     parser.add_argument("--device", default="cpu", metavar="auto|cpu|cuda[:i]")
-    parser.add_argument("--threads", type=_positive, help="of the CPU (default: all cores)")
-    parser.add_argument("--batch_size", type=_positive, default=1, help="images at once; more than 1 pays off on a GPU only")
-    parser.add_argument("--max_pixels", type=_positive, default=DEFAULT_MAX_PIXELS, help="refuse larger images")
+    parser.add_argument("--threads", type=number(int, 1), help="of the CPU (default: all cores)")
+    parser.add_argument(
+        "--batch_size", type=number(int, 1), default=1, help="images at once; more than 1 pays off on a GPU only"
+    )
+    parser.add_argument("--max_pixels", type=number(int, 1), default=DEFAULT_MAX_PIXELS, help="refuse larger images")
     parser.add_argument("--quiet", action="store_true", help="warnings and the summary only")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     return run_command(parser, argv, predict)

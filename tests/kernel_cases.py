@@ -430,6 +430,21 @@ def quantize_halves(kernels: CKernels) -> None:
     check_equal(bytes_, (128 + np.rint(x)).astype(np.uint8), "quantize halves")  # numpy also takes the even neighbour
 
 
+def quantize_extremes(kernels: CKernels) -> None:
+    """Rows whose scale has no inverse in float32 are zeros; what is not finite shows in the scale, whatever its place."""
+    for width in VECTOR_WIDTHS:
+        x = np.zeros((4 * width, width), np.float32)
+        places = np.arange(width)
+        for row, extreme in enumerate((-1e-36, 2e-36, np.nan, -np.inf)):
+            x[row * width + places, places] = extreme
+        bytes_, scales = kernels.quantize(x)
+        expected = float32([0, 2e-36 / 127, np.nan, np.inf]).repeat(width)
+        where = f"quantize {width} columns with an extreme"
+        check_that(~np.isclose(scales, expected, rtol=1e-6, atol=0, equal_nan=True), scales, expected, f"{where}, scales")
+        defined = np.where(x[: 2 * width] > 0, 255, 128).astype(np.uint8)
+        check_equal(bytes_[: 2 * width], defined, where)
+
+
 def layer_norm_quantize(kernels: CKernels) -> None:
     near_halves = []
     for rows, width in vector_sizes():
@@ -555,6 +570,7 @@ CASES: list[Callable[[CKernels], None]] = [
     prototype_attention,
     quantize,
     quantize_halves,
+    quantize_extremes,
     layer_norm_quantize,
     gelu_quantize,
     gelu,

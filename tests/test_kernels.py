@@ -3,6 +3,7 @@
 import ctypes
 import logging
 import os
+import platform
 import re
 import stat
 import subprocess
@@ -50,7 +51,7 @@ FEWER_SIZES = {  # the operators' own part is small, and plain torch is slow
     "SOFTMAX_TOKENS": (1, 17, 100),
 }
 UNOPTIMISED = ["-O0"]  # compiles ten times faster
-SANITIZERS = ["-fopenmp", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g", "-O1"]
+SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g", "-O1"]
 
 
 @pytest.fixture(scope="module")
@@ -183,8 +184,8 @@ def test_operators_are_the_plain_formula(monkeypatch, with_c, case):
     case(TorchKernels())
 
 
-@pytest.mark.parametrize("name", OPERATORS)
-def test_operators_agree_with_plain_torch(kernels, name):
+def check_agreement(name: str) -> None:
+    """That an operator returns what oracle.py does: equal bits, bytes that differ by at most one, floats up to rounding."""
     arguments = example(name)
     for found, expected in zip(results(name, arguments), plain_results(name, arguments), strict=True):
         assert (found.dtype, found.shape, found.stride()) == (expected.dtype, expected.shape, expected.stride())
@@ -195,6 +196,11 @@ def test_operators_agree_with_plain_torch(kernels, name):
         else:
             tolerance = 0.05 if name == "softmax_attention" else 1e-5  # its products may be bfloat16
             torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_operators_agree_with_plain_torch(kernels, name):
+    check_agreement(name)
 
 
 @pytest.mark.parametrize("name", OPERATORS)
@@ -267,7 +273,7 @@ def test_softmax_attention_refuses_numbers_that_do_not_divide(tokens, heads):
 
 
 @pytest.mark.parametrize("name", OPERATORS)
-def test_inputs_with_gaps_in_memory(name):
+def test_inputs_with_gaps_in_memory(kernels, name):
     arguments = example(name)
     dense = results(name, arguments)
     for index, value in enumerate(arguments):
@@ -398,9 +404,9 @@ print(operations.pack(torch.ones(1, 3), torch.zeros(3)).tolist(), operations.des
     ]
     for process in processes:
         output, errors = process.communicate(timeout=120)
-        assert (process.returncode, errors) == (0, "")
+        assert process.returncode == 0, errors
         assert output.startswith("[[7, 0]] C kernels")
-    assert len(list(barrier.iterdir())) == 2
+    assert len(list(barrier.iterdir())) >= 2  # a compiler without OpenMP is called once more
     assert [path.suffix for path in cache.iterdir()] == [".so"]
     assert [path.name[:8] for path in cache.iterdir()] == ["kernels-"]
 
@@ -447,12 +453,13 @@ def test_with_a_useless_compiler_torch_computes(forget, tmp_path, monkeypatch, c
     assert "no room for bits" in warning
 
 
-def test_without_a_writable_cache_torch_computes(forget, compiler, tmp_path, monkeypatch, caplog):
+def test_without_a_writable_cache_the_process_compiles_for_itself(forget, compiler, tmp_path, monkeypatch, caplog):
     (tmp_path / "file").touch()
     monkeypatch.setenv("BINARYAD_CACHE", str(tmp_path / "file" / "cache"))
-    (warning,) = result_and_warnings(caplog)
-    assert "cannot be used" in warning
+    (warning,) = [text for text in result_and_warnings(caplog) if not text.startswith("compiled without OpenMP")]
+    assert "no cache for the kernels" in warning
     assert str(tmp_path / "file") in warning
+    assert operations.kernels() is not None
 
 
 def test_when_the_compiler_hangs_torch_computes(forget, compiler, tmp_path, monkeypatch, caplog):
@@ -478,8 +485,8 @@ def test_without_openmp_one_thread_computes(forget, compiler, tmp_path, monkeypa
     assert warning.startswith("compiled without OpenMP")
     assert "no OpenMP here" in warning
     assert not load_library().binaryad_has_threads()
-    for name in OPERATORS[:5]:
-        assert all(map(torch.equal, results(name, example(name)), plain_results(name, example(name))))
+    for name in OPERATORS:
+        check_agreement(name)
 
 
 def test_the_cache_is_where_the_variables_say(monkeypatch):
@@ -545,18 +552,25 @@ out=; for word; do [ "$out" = next ] && out=$word; [ "$word" = -o ] && out=next;
     assert compile_library(wrapped, tmp_path / "cache").stat().st_ino == before
 
 
-def sanitizer_runtime(compiler: str) -> str | None:
-    """The address sanitizer's library, which must be loaded before the process starts."""
-    found = subprocess.run([compiler, "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
+def sanitizer_runtime(compiler: str) -> tuple[str | None, list[str]]:
+    """The address sanitizer's library, which must be loaded before the process starts, and the flags that make it one."""
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
+    name, flags = "libasan.so", []
+    if "clang" in version:
+        name, flags = f"libclang_rt.asan-{platform.machine()}.so", ["-shared-libasan"]
+    found = subprocess.run([compiler, f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
     path = Path(found)
-    return found if path.is_file() and path.read_bytes()[:4] == b"\x7fELF" else None
+    return found if path.is_file() and path.read_bytes()[:4] == b"\x7fELF" else None, flags
 
 
 def test_sanitizers_find_nothing(compiler, tmp_path):
-    runtime = sanitizer_runtime(compiler)
+    runtime, flags = sanitizer_runtime(compiler)
     if runtime is None:
         pytest.skip("the compiler has no address sanitizer")
-    path = compile_library(compiler, tmp_path, SANITIZERS)
+    try:
+        path = compile_library(compiler, tmp_path, ["-fopenmp", *SANITIZERS, *flags])
+    except CompilationError:  # as for users, threads are used where they can be
+        path = compile_library(compiler, tmp_path, [*SANITIZERS, *flags])
     done = subprocess.run(
         [sys.executable, "-m", "tests.kernel_cases", str(path)],
         cwd=REPOSITORY,

@@ -300,8 +300,17 @@ def test_a_file_that_is_named_needs_no_image_suffix(photos, tmp_path):
 def test_results_are_never_read_as_input(photos, output, folder):
     expected = find_images([photos], photos / output)
     save(photos / output / folder / "sub" / "a.png.jpg", texture(np.random.default_rng(0)))
+    (photos / output / "predictions.csv").touch()
     assert find_images([photos], photos / output) == expected
     assert len(expected) == 4
+
+
+def test_results_of_another_output_are_no_input_either(photos, tmp_path):
+    expected = find_images([photos], tmp_path / "out")
+    save(photos / "earlier" / "heatmaps" / "a.png.jpg", texture(np.random.default_rng(0)))
+    assert len(find_images([photos], tmp_path / "out")) == len(expected) + 1  # a user's own folder of that name
+    (photos / "earlier" / "predictions.csv").touch()
+    assert find_images([photos], tmp_path / "out") == expected
 
 
 def test_names_that_leave_no_room_for_a_suffix_are_cut(photos, tmp_path):

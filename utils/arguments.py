@@ -17,7 +17,9 @@ from utils.loading import default_worker_count
 from utils.optim import DEFAULT_WARMUP
 
 
-def _number(kind: type, low: float, high: float = math.inf):
+def number(kind: type, low: float, high: float = math.inf):
+    """A converter for argparse: text -> kind within limits."""
+
     def convert(text: str):
         value = kind(text)
         if not low <= value <= high:
@@ -37,10 +39,8 @@ def base_parser(doc: str, save_name: str) -> argparse.ArgumentParser:
 
     data = parser.add_argument_group("data")
     add_data_arguments(data)
-    data.add_argument("--input_size", type=_number(int, 1), default=448, help="images are resized to this square")
-    data.add_argument(
-        "--crop_size", type=_number(int, 1), default=392, help="then cropped to this one, a multiple of the patch"
-    )
+    data.add_argument("--input_size", type=number(int, 1), default=448, help="images are resized to this square")
+    data.add_argument("--crop_size", type=number(int, 1), default=392, help="then cropped to this one, a multiple of the patch")
     data.add_argument(
         "--skip_bad_images",
         action=argparse.BooleanOptionalAction,
@@ -54,7 +54,7 @@ def base_parser(doc: str, save_name: str) -> argparse.ArgumentParser:
     )
     model.add_argument("--encoder_weights", metavar="FILE", help=".safetensors or .pth instead of a download")
     model.add_argument("--pos_embed", choices=["paper", "timm"], default="paper", help="resampling of the position grid")
-    model.add_argument("--INP_num", type=_number(int, 1), default=6, help="intrinsic normal prototypes per image")
+    model.add_argument("--INP_num", type=number(int, 1), default=6, help="intrinsic normal prototypes per image")
 
     binary = parser.add_argument_group("binarization")
     binary.add_argument(
@@ -80,7 +80,7 @@ def base_parser(doc: str, save_name: str) -> argparse.ArgumentParser:
     binary.add_argument("--activation_gradient", choices=["clip", "triangle"], default="triangle", help="and of activations")
     binary.add_argument(
         "--distill",
-        type=_number(float, 0),
+        type=number(float, 0),
         default=0.0,
         metavar="WEIGHT",
         help="add the distance to the float decoder's outputs",
@@ -92,24 +92,24 @@ def base_parser(doc: str, save_name: str) -> argparse.ArgumentParser:
     )
     binary.add_argument(
         "--force_gate",
-        type=_number(float, 0, 1),
+        type=number(float, 0, 1),
         metavar="0..1",
         help="test phase: replace the gates of SAB (0 float map, 1 binary map)",
     )
 
     training = parser.add_argument_group("training")
-    training.add_argument("--total_epochs", type=_number(int, 1), default=200)
-    training.add_argument("--total_iters", type=_number(int, 1), help="iterations instead of epochs")
-    training.add_argument("--batch_size", type=_number(int, 1), default=16)
-    training.add_argument("--learning_rate", type=_number(float, 0), default=1e-3, help="after the warm-up")
-    training.add_argument("--final_learning_rate", type=_number(float, 0), default=1e-4, help="at the end of the cosine")
-    training.add_argument("--warmup_iters", type=_number(int, 0), help=f"default {DEFAULT_WARMUP}, at most a fifth of the run")
-    training.add_argument("--weight_decay", type=_number(float, 0), default=1e-4)
-    training.add_argument("--gradient_clip", type=_number(float, 1e-9), default=0.1, help="largest global gradient norm")
-    training.add_argument("--seed", type=_number(int, 0, 2**32 - 1), default=1)
+    training.add_argument("--total_epochs", type=number(int, 1), default=200)
+    training.add_argument("--total_iters", type=number(int, 1), help="iterations instead of epochs")
+    training.add_argument("--batch_size", type=number(int, 1), default=16)
+    training.add_argument("--learning_rate", type=number(float, 0), default=1e-3, help="after the warm-up")
+    training.add_argument("--final_learning_rate", type=number(float, 0), default=1e-4, help="at the end of the cosine")
+    training.add_argument("--warmup_iters", type=number(int, 0), help=f"default {DEFAULT_WARMUP}, at most a fifth of the run")
+    training.add_argument("--weight_decay", type=number(float, 0), default=1e-4)
+    training.add_argument("--gradient_clip", type=number(float, 1e-9), default=0.1, help="largest global gradient norm")
+    training.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=1)
     training.add_argument("--device", default="auto", metavar="auto|cpu|cuda[:i]")
     training.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
-    training.add_argument("--num_workers", type=_number(int, 0), default=default_worker_count(), help="loader processes")
+    training.add_argument("--num_workers", type=number(int, 0), default=default_worker_count(), help="loader processes")
     training.add_argument(
         "--cache_features", choices=["auto", "off", "ram", "disk"], default="auto", help="encode every image only once"
     )
@@ -117,15 +117,15 @@ def base_parser(doc: str, save_name: str) -> argparse.ArgumentParser:
     evaluation = parser.add_argument_group("evaluation")
     evaluation.add_argument(
         "--mask_threshold",
-        type=_number(float, 0, 1),
+        type=number(float, 0, 1),
         default=0.5,
         help="mask > this is defect (INP-Former 0.5, Dinomaly 0)",
     )
-    evaluation.add_argument("--smoothing_kernel", type=_number(int, 0), default=5, help="odd side in pixels, 0 for none")
-    evaluation.add_argument("--smoothing_sigma", type=_number(float, 1e-3), default=4.0)
+    evaluation.add_argument("--smoothing_kernel", type=number(int, 0), default=5, help="odd side in pixels, 0 for none")
+    evaluation.add_argument("--smoothing_sigma", type=number(float, 1e-3), default=4.0)
     evaluation.add_argument(
         "--max_ratio",
-        type=_number(float, 0, 1),
+        type=number(float, 0, 1),
         default=0.01,
         help="share of top pixels in the image score, 0 for the maximum",
     )
@@ -138,7 +138,7 @@ def base_parser(doc: str, save_name: str) -> argparse.ArgumentParser:
     output.add_argument("--save_name", help=f"default {save_name}, with -FP for stage 0 and -CLB2 for stage 2")
     output.add_argument("--resume", action="store_true", help="skip finished categories, go on from last.pth")
     output.add_argument("--overwrite", action="store_true", help="delete what an earlier run left in this run folder")
-    output.add_argument("--save_every", type=_number(int, 1), default=500, metavar="ITERATIONS", help="between two last.pth")
+    output.add_argument("--save_every", type=number(int, 1), default=500, metavar="ITERATIONS", help="between two last.pth")
     output.add_argument("--quiet", action="store_true", help="warnings only")
     output.add_argument("--debug", action="store_true", help="show tracebacks")
     parser.set_defaults(default_save_name=save_name)
@@ -150,7 +150,7 @@ def add_data_arguments(group) -> None:
     group.add_argument("--dataset", choices=list(LAYOUTS), default="MVTec-AD")
     group.add_argument("--data_path", metavar="FOLDER", help="root of the data set (ELPV: default is the installed package)")
     group.add_argument("--item", nargs="+", metavar="CATEGORY", help="default: all categories of the data set")
-    group.add_argument("--max_pixels", type=_number(int, 1), default=DEFAULT_MAX_PIXELS, help="refuse larger images")
+    group.add_argument("--max_pixels", type=number(int, 1), default=DEFAULT_MAX_PIXELS, help="refuse larger images")
     group.add_argument(
         "--allow_missing_masks",
         action=argparse.BooleanOptionalAction,

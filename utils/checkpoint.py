@@ -4,6 +4,7 @@ import contextlib
 import errno
 import os
 import shutil
+import tempfile
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -66,6 +67,17 @@ def explain_write_error(path: Path, error: OSError) -> str:
             free = shutil.disk_usage(path.parent).free / 1e6
             return f"disk full: {str(path)!r} could not be written, {free:.0f} MB are free; make room and run the command again"
     return f"cannot write {str(path)!r}: {error.strerror or error}; check the folder and its permissions"
+
+
+def check_writable(path: Path) -> None:
+    """Raise ResourceError now if a file could not be written there later; makes its folder."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise ResourceError(explain_write_error(path, error)) from error
+    if path.is_dir():
+        raise ResourceError(f"cannot write {str(path)!r}: it is a folder; choose another name")
 
 
 def write_text(path: Path, text: str) -> None:

@@ -8,12 +8,12 @@ import numpy as np
 import torch
 
 from binarize.stages import scale_parameters
-from common.errors import UserError
+from common.errors import NumericError, UserError
 from datasets.records import ImageDataset, Record
 from datasets.transforms import IMAGENET_MEAN, IMAGENET_STD
 from models.detector import Detector
 from utils.agreement import compare_on_bits, packed_copy
-from utils.checkpoint import atomic_write, load_checkpoint
+from utils.checkpoint import atomic_write, check_writable, load_checkpoint
 from utils.detectors import load_detector
 from utils.evaluation import EvaluationOptions, calibrate_scale, evaluate
 from utils.onnx_export import export_onnx
@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_QUANTILE = 0.99
 _CHECKED_IMAGES = 2
+_LARGEST_SHARE_DIFFERING = 0.01  # rounding turns a few in a million; a wrong kernel or packing turns every other
 
 
 @dataclass(frozen=True)
@@ -40,12 +41,17 @@ class ThresholdOptions:
 
 
 def check_exportable(content: dict, path: Path) -> None:
-    """Raise UserError for a model that has no packed form, or a checkpoint that does not say enough."""
+    """Raise UserError for a model that has no packed form, or as `check_complete` does."""
     if content["stage"] == 0:
         raise UserError(
             f"nothing to pack: {str(path)!r} is a float model (CLB stage 0); train --clb_stage 1 and 2 from it, or export it "
             "as it is with --output FILE.onnx"
         )
+    check_complete(content, path)
+
+
+def check_complete(content: dict, path: Path) -> None:
+    """Raise UserError for a checkpoint without the scores that a threshold comes from."""
     missing = [key for key in ("protocol", "calibration") if key not in content]
     if missing or "scores" not in content["calibration"]:
         raise UserError(
@@ -74,9 +80,10 @@ def export_packed(
         UserError: see `load_detector` and `check_exportable`; nothing is written then.
     """
     check_exportable(load_checkpoint(checkpoint), checkpoint)
+    check_writable(output)
     detector, content = load_detector(checkpoint, encoder_weights)
     if content["config"]["act_bits"] == 1:
-        logger.info("on bits: %s", compare_on_bits(detector, _features_of_noise(detector, content)).describe())
+        _prove(detector, content)
     packed = packed_copy(detector, options)
     decision, scale = _decision(packed, content, threshold)
     content = {**content, "calibration": scale}
@@ -86,12 +93,26 @@ def export_packed(
     logger.info("%s", _sizes(detector, packed, options, file))
 
 
-def export_graph(checkpoint: Path, output: Path, encoder_weights: str | None) -> None:
+def export_graph(checkpoint: Path, output: Path, threshold: ThresholdOptions, encoder_weights: str | None) -> None:
     """Write the ONNX graph of a `model.pth` of any stage; raises UserError as `load_detector` and `export_onnx` do."""
+    check_writable(output)
     detector, content = load_detector(checkpoint, encoder_weights)
-    metadata = {key: content.get(key) for key in ("host", "item", "stage", "config", "protocol")}
-    difference = export_onnx(detector, {**metadata, "preprocessing": transform_of(content)}, output)
-    logger.info("ONNX Runtime and torch: maps differ by at most %.1e", difference)
+    check_complete(content, checkpoint)
+    decision, scale = _decision(detector, content, threshold)
+    metadata = describe(detector, {**content, "calibration": scale}, decision, transform_of(content))
+    difference = export_onnx(detector, metadata, output)
+    logger.info("threshold: %.4f, from %s", decision["threshold"], decision["source"])
+    logger.info("ONNX Runtime and torch: maps of noise differ by at most %.1e where no bit lies at its threshold", difference)
+
+
+def _prove(detector: Detector, content: dict) -> None:
+    """Compare the decoder on bits with the trained one on two images of noise; raises NumericError if they are two models."""
+    agreement = compare_on_bits(detector, _features_of_noise(detector, content))
+    logger.info("on bits, two images of noise: %s", agreement.describe())
+    if agreement.differing > _LARGEST_SHARE_DIFFERING * agreement.decisions:
+        raise NumericError(
+            f"the packed model is not the trained one: {agreement.describe()}; nothing was written, please report this"
+        )
 
 
 @torch.no_grad()

@@ -22,6 +22,9 @@ logger = logging.getLogger(__name__)
 
 ENCODER_PRECISIONS = ("fp32", "bf16", "int8")
 TRAINED_PRECISIONS = ("fp32", "fp16", "int8")
+_BINARY_KEYS = ("act_bits", "sab", "weight_gradient", "activation_gradient")
+# of a training's configuration: what determines the network; the rest may name files of the machine that trained it
+_NETWORK_KEYS = ("pos_embed", "input_size", "crop_size", "INP_num", *_BINARY_KEYS)
 _FLOAT_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.float16}
 
 
@@ -128,8 +131,10 @@ def describe(detector: Detector, content: dict, threshold: dict, transform: dict
             "source": encoder.source,
             "sha256": encoder.weights_sha256,
             "published_parameters": encoder.published_parameters,
+            "taps": encoder.taps,
+            "heads": ENCODERS[encoder.name].num_heads,
         },
-        "config": content["config"],
+        "config": {key: content["config"][key] for key in _NETWORK_KEYS},
         "preprocessing": transform,
         "protocol": content["protocol"],
         "calibration": {key: content["calibration"][key] for key in ("map_median", "map_limit")},
@@ -169,14 +174,14 @@ def _skeleton(description: dict, options: PackingOptions, encoder_weights: str |
             named["name"], config["crop_size"], named["source"], named["sha256"], named["published_parameters"]
         )
         detector = HOSTS[description["host"]].build(encoder, config["INP_num"])
-        keys = ("act_bits", "sab", "weight_gradient", "activation_gradient")
-        binarize(detector, description["stage"], BinarizationOptions(*(config[key] for key in keys)))
+        binarize(detector, description["stage"], BinarizationOptions(*(config[key] for key in _BINARY_KEYS)))
     if options.encoder_reference:
         detector.encoder = build_encoder(named["name"], config["crop_size"], encoder_weights, config["pos_embed"])
         if detector.encoder.weights_sha256 != named["sha256"]:
             raise UserError(
-                f"wrong encoder: the model was trained on {named['name']} of sha256 {named['sha256'][:16]}, "
-                f"{detector.encoder.source} has {detector.encoder.weights_sha256[:16]}; give --encoder_weights FILE"
+                f"wrong encoder: the model was trained on {named['name']} from {named['source']} of sha256 "
+                f"{named['sha256'][:16]}, {detector.encoder.source} has {detector.encoder.weights_sha256[:16]}; give "
+                "--encoder_weights FILE with the weights of the training"
             )
     _replace_modules(detector, options)
     _round({name: tensor for name, tensor in _tensors(detector).items() if tensor.device.type != "meta"}, options)

@@ -22,7 +22,7 @@ from utils.packed_model import load_packed
 
 logger = logging.getLogger(__name__)
 
-RESULT_FOLDERS = ("heatmaps", "maps")  # below the output folder; never read as input
+RESULT_FOLDERS = ("heatmaps", "maps")  # beside a predictions.csv; never read as input
 _LONGEST_NAME = 180  # bytes
 Photo = str | os.PathLike | Image.Image | np.ndarray
 
@@ -51,6 +51,9 @@ class Prediction:
 
 class Predictor:
     """Calls a model on images, with the numbers of `utils.evaluation.evaluate`.
+
+    It may be shared by threads. Do not fork a process after its first use with several CPU threads: as with all of torch,
+    the child would wait for threads that it does not have.
 
     Attributes:
         threshold: an image is anomalous if its score is greater; the model file's at first, may be set.
@@ -129,6 +132,8 @@ def rgb_photo(image: Photo, max_pixels: int = DEFAULT_MAX_PIXELS) -> Image.Image
         if image.mode.startswith(("I", "F")):
             raise UserError(f"cannot use a PIL image of mode {image.mode!r}; convert it to 8 bits, or give its file instead")
         return ImageOps.exif_transpose(image).convert("RGB")
+    if not isinstance(image, (str, os.PathLike)):
+        raise UserError(f"cannot use a {type(image).__name__} as an image; expected a path, a PIL image or a uint8 array")
     return load_image(Path(image), max_pixels)
 
 
@@ -153,19 +158,20 @@ def _axis_weights(length: int, input_size: int, crop_size: int) -> tuple[slice, 
     return slice(start, stop), torch.from_numpy(weights).float()
 
 
-def find_images(inputs: Sequence[Path], output: Path) -> dict[Path, Path]:
+def find_images(inputs: Sequence[Path], output: Path | None = None) -> dict[Path, Path]:
     """Images that files, folders (to any depth) and `.txt` lists name -> a relative path of its own for each one's results.
 
-    The relative paths start at the deepest folder that holds all inputs. Folders below `output` are passed over.
+    The relative paths start at the deepest folder that holds all inputs. `output` and the results of earlier runs, wherever
+    they lie, are passed over.
 
     Raises:
         UserError: an input does not exist, holds no image or cannot be read.
     """
-    results = {output.resolve(), *((output / name).resolve() for name in RESULT_FOLDERS)}
+    skipped = None if output is None else output.resolve()
     found, roots = {}, []
     for given in inputs:
         if given.is_dir():
-            images, folders = list(_images_below(given, results)), [given]
+            images, folders = list(_images_below(given, skipped)), [given]
         elif given.suffix.lower() == ".txt" and given.is_file():
             images = _listed_images(given)
             folders = [image.parent for image in images]
@@ -193,12 +199,13 @@ def _shortened(path: Path) -> Path:
     return path.with_name(f"{os.fsdecode(name[:_LONGEST_NAME])}~{hashlib.sha256(name).hexdigest()[:8]}")
 
 
-def _images_below(folder: Path, skipped: set[Path]) -> Iterator[Path]:
+def _images_below(folder: Path, skipped: Path | None) -> Iterator[Path]:
     for parent, names, files in os.walk(folder, onerror=_refuse_folder):
         paths = [Path(parent, name) for name in sorted(names) if not name.startswith(".")]
         for link in (path for path in paths if path.is_symlink()):
             logger.warning("not followed: %r is a link to a folder; give it as an --input of its own", str(link))
-        names[:] = [path.name for path in paths if path.resolve() not in skipped]
+        results = RESULT_FOLDERS if "predictions.csv" in files else ()
+        names[:] = [path.name for path in paths if path.name not in results and path.resolve() != skipped]
         yield from filter(is_image_file, (Path(parent, name) for name in sorted(files)))
 
 

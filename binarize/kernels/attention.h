@@ -10,6 +10,7 @@ typedef struct {
     int64_t tokens, padded, heads, d;
     const float *projected, *row_scales, *bias; /* queries, keys, values: projected * row scale + bias, (images * tokens, 3C) */
     float *out;                                 /* (images * tokens, C) */
+    int64_t *failures;                          /* counts tasks that got no memory */
 } SoftmaxAttention;
 
 INLINE __m512 projected16(const SoftmaxAttention *a, int64_t row, int64_t column) {
@@ -79,6 +80,12 @@ static void attend_softmax(const SoftmaxAttention *a, int64_t task) {
     const int64_t image = task / a->heads, head = task % a->heads, width = a->heads * a->d, pairs = a->d / 2;
     uint32_t *keys = aligned_alloc(64, (size_t)(2 * a->padded * pairs) * sizeof(uint32_t));
     float *scores = aligned_alloc(64, (size_t)(ATTENTION_TILE * a->padded) * sizeof(float));
+    if (!keys || !scores) {
+        free(scores);
+        free(keys);
+        __atomic_add_fetch(a->failures, 1, __ATOMIC_RELAXED);
+        return;
+    }
     uint32_t *values = keys + a->padded * pairs;
     uint32_t queries[ATTENTION_TILE * pairs];
     float inverse_sum[ATTENTION_TILE];

@@ -25,7 +25,7 @@ INLINE V NAME(magnitude)(V values) { return (V)((I)values & 0x7fffffff); }
 INLINE float NAME(largest)(V v) {
     float buffer[LANES], largest = 0;
     NAME(store)(buffer, v);
-    for (int lane = 0; lane < LANES; ++lane) largest = buffer[lane] > largest ? buffer[lane] : largest;
+    for (int lane = 0; lane < LANES; ++lane) largest = buffer[lane] > largest || buffer[lane] != buffer[lane] ? buffer[lane] : largest;
     return largest;
 }
 
@@ -35,7 +35,8 @@ INLINE float NAME(quantize_row)(const float *row, int64_t n, uint8_t *out) {
     int64_t i = 0;
     for (; i + LANES <= n; i += LANES) most = NAME(maximum)(NAME(magnitude)(NAME(load)(row + i)), most);
     if (i < n) most = NAME(maximum)(NAME(magnitude)(NAME(load_part)(row + i, n - i)), most);
-    const float scale = NAME(largest)(most) / 127.0f;
+    float scale = NAME(largest)(most) / 127.0f;
+    if (scale < FLT_MIN) scale = 0; /* its inverse would overflow */
     const float inverse = scale > 0 ? 1.0f / scale : 0;
     for (i = 0; i + LANES <= n; i += LANES) NAME(store_bytes)(out + i, NAME(load)(row + i), inverse);
     if (i < n) {

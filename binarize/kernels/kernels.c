@@ -8,6 +8,7 @@
  * Every exported function takes the path first (see `binaryad_best_isa`) and the number of threads second. Arrays are dense
  * and row-major, and are not checked: the caller (binarize/kernels/operations.py) does that.
  */
+#include <float.h>
 #include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
@@ -16,6 +17,9 @@
 #if defined(__x86_64__)
 #define X86 1
 #include <immintrin.h>
+#if defined(__clang__) || __GNUC__ >= 10 /* older ones do not know these instructions */
+#define BFLOAT16 1
+#endif
 #elif defined(__aarch64__)
 #define NEON 1
 #include <arm_neon.h>
@@ -110,10 +114,16 @@ typedef struct {
 #undef NAME
 #if defined(__clang__)
 #pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#endif
+
+#if BFLOAT16
+#if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma"))), \
                              apply_to = function)
 #else
-#pragma GCC pop_options
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,prefer-vector-width=512")
 #endif
@@ -277,7 +287,7 @@ void binaryad_rescale(int isa, int threads, const float *sums, int64_t rows, int
 
 /* Whether `binaryad_softmax_attention` runs on this machine. */
 int binaryad_has_softmax_attention(void) {
-#if X86
+#if BFLOAT16
     __builtin_cpu_init();
     return binaryad_best_isa() == ISA_AVX512 && __builtin_cpu_supports("avx512bf16");
 #else
@@ -286,15 +296,20 @@ int binaryad_has_softmax_attention(void) {
 }
 
 /* projected (images * tokens, 3 * heads * d): queries, keys and values as sums * row_scales + bias -> out (images * tokens,
- * heads * d), the softmax attention. d must be a multiple of 32. */
-void binaryad_softmax_attention(int isa, int threads, const float *projected, int64_t images, int64_t tokens, int64_t heads,
-                                int64_t d, const float *row_scales, const float *bias, float *out) {
+ * heads * d), the softmax attention. d must be a multiple of 32. Returns 0 if there is no memory for it, else 1.
+ */
+int binaryad_softmax_attention(int isa, int threads, const float *projected, int64_t images, int64_t tokens, int64_t heads,
+                               int64_t d, const float *row_scales, const float *bias, float *out) {
     (void)isa;
-#if X86
+    int done = 0;
+#if BFLOAT16
     const int64_t padded = (tokens + KEY_BLOCK - 1) / KEY_BLOCK * KEY_BLOCK;
-    const SoftmaxAttention a = {tokens, padded, heads, d, projected, row_scales, bias, out};
+    int64_t failures = 0;
+    const SoftmaxAttention a = {tokens, padded, heads, d, projected, row_scales, bias, out, &failures};
     FOR_BLOCKS(images * heads, 1, attend_softmax(&a, first); (void)last)
+    done = failures == 0;
 #else
     (void)threads, (void)projected, (void)images, (void)tokens, (void)heads, (void)d, (void)row_scales, (void)bias, (void)out;
 #endif
+    return done;
 }

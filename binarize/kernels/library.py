@@ -1,5 +1,6 @@
 """Compile the C kernels with the system's compiler on first use, keep them per user, and choose the path for this CPU."""
 
+import atexit
 import ctypes
 import hashlib
 import logging
@@ -37,8 +38,11 @@ class CompilationError(Exception):
 
 
 def find_compiler() -> str | None:
-    """`$CC`, else the first of cc, gcc and clang on the path; None if there is none."""
-    for name in filter(None, [os.environ.get("CC"), "cc", "gcc", "clang"]):
+    """`$CC` if it names one program, else the first of cc, gcc and clang on the path; None if there is none."""
+    wanted = os.environ.get("CC")
+    if wanted and shutil.which(wanted) is None:
+        logger.warning("CC=%r is no program on the path; looking for cc, gcc and clang", wanted)
+    for name in filter(None, [wanted, "cc", "gcc", "clang"]):
         found = shutil.which(name)
         if found:
             return found
@@ -46,11 +50,11 @@ def find_compiler() -> str | None:
 
 
 def cache_folder() -> Path:
-    """`$BINARYAD_CACHE`, else the user's cache folder."""
+    """`$BINARYAD_CACHE`, else the user's cache folder; raises RuntimeError for a user without a home."""
     chosen = os.environ.get(CACHE_VARIABLE)
     if chosen:
         return Path(chosen)
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    base = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
     return Path(base) / "binaryad"
 
 
@@ -100,12 +104,12 @@ def _loaded_openmp() -> list[str]:
 
 
 def _is_ours(library: Path) -> bool:
-    """Whether the file exists and nobody else may have written it: it is about to be executed."""
+    """Whether the file exists and nobody but this user or root may have written it: it is about to be executed."""
     try:
         status = library.stat()
     except OSError:
         return False
-    return status.st_uid == os.getuid() and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    return status.st_uid in (os.getuid(), 0) and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
 
 
 @cache
@@ -123,8 +127,18 @@ def load_library() -> ctypes.CDLL | None:
 
 
 def _compiled(compiler: str) -> Path:
+    """The library in the cache, or, where that cannot be written, in a folder of this process alone."""
+    try:
+        return _with_or_without_threads(compiler, cache_folder())
+    except (OSError, RuntimeError) as error:
+        folder = Path(tempfile.mkdtemp(prefix="binaryad-"))
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        logger.warning("no cache for the kernels (%s), each process compiles them; set %s to a folder", error, CACHE_VARIABLE)
+        return _with_or_without_threads(compiler, folder)
+
+
+def _with_or_without_threads(compiler: str, folder: Path) -> Path:
     """Compiled with threads if the compiler has OpenMP, else without."""
-    folder = cache_folder()
     try:
         return compile_library(compiler, folder, _THREAD_FLAGS, _loaded_openmp())
     except CompilationError as error:

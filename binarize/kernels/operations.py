@@ -13,7 +13,7 @@ from torch import Tensor
 from binarize.kernels import oracle
 from binarize.kernels.library import PATHS, chosen_path, load_library
 
-MOST_PROTOTYPES, MOST_CHANNELS = 64, 4096
+MOST_PROTOTYPES, MOST_CHANNELS, MOST_COLUMNS = 64, 4096, 16384
 _KEY_PADDING = 16
 _TYPES_IN_C = (torch.float32, torch.int32, torch.uint8)
 
@@ -28,11 +28,14 @@ class Kernels:
         self._threaded = bool(library.binaryad_has_threads())
         self.has_softmax_attention = path == "avx512" and bool(library.binaryad_has_softmax_attention())
 
-    def call(self, name: str, *arguments: Tensor | int | float | None) -> None:
-        """Run a C function on tensors and numbers; outputs must be dense, of other tensors it gets dense copies."""
+    def call(self, name: str, *arguments: Tensor | int | float | None) -> int:
+        """Run a C function on tensors and numbers; outputs must be dense, of other tensors it gets dense copies.
+
+        Returns what it returned, which means nothing for those without a result.
+        """
         threads = torch.get_num_threads() if self._threaded else 1
         dense = [value.contiguous() if isinstance(value, Tensor) else value for value in arguments]  # outlive the call
-        getattr(self.library, f"binaryad_{name}")(self._number, threads, *map(_c_value, dense))
+        return getattr(self.library, f"binaryad_{name}")(self._number, threads, *map(_c_value, dense))
 
 
 def _c_value(value: Tensor | int | float | None) -> ctypes._SimpleCData | None:
@@ -65,8 +68,8 @@ def describe_path() -> str:
 
 
 def _for_c(tensor: Tensor) -> Kernels | None:
-    """The kernels, if they can take this tensor."""
-    return kernels() if tensor.is_cpu else None
+    """The kernels, if they can take this tensor: some keep a row on the stack."""
+    return kernels() if tensor.is_cpu and tensor.shape[-1] <= MOST_COLUMNS else None
 
 
 def _refuse(what: str, *tensors: Tensor | None) -> NoReturn:
@@ -292,7 +295,8 @@ def softmax_attention(sums: Tensor, row_scales: Tensor, bias: Tensor, tokens: in
         return oracle.softmax_attention(rescale(sums, row_scales, bias, None, None), tokens, heads)
     out = sums.new_empty(len(sums), width)
     images = len(sums) // tokens
-    c.call("softmax_attention", sums, images, tokens, heads, width // heads, row_scales, bias, out)
+    if not c.call("softmax_attention", sums, images, tokens, heads, width // heads, row_scales, bias, out):
+        raise MemoryError("no memory for the attention's keys and scores")
     return out
 
 

@@ -95,6 +95,7 @@ def prototype_attention(
 def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
     """Rows as bytes 128 + round(x / scale), and their scales (rows,)."""
     scales = x.abs().amax(dim=-1) / 127
+    scales = torch.where(scales < torch.finfo(torch.float32).tiny, 0, scales)
     inverse = torch.where(scales > 0, 1 / scales, 0)
     return ((x * inverse.unsqueeze(-1)).round() + 128).to(torch.uint8), scales
 

@@ -51,7 +51,8 @@ INLINE float NAME(sum)(V v) {
 
 INLINE V NAME(choose)(I condition, V yes, V no) { return (V)(((I)yes & condition) | ((I)no & ~condition)); }
                       
-                      INLINE V NAME(maximum)(V a, V b) { return NAME(choose)(a > b, a, b); }
+                      /* The larger of two, NaN if either is. */
+INLINE V NAME(maximum)(V a, V b) { return NAME(choose)((a > b) | (a != a), a, b); }
                        
                        /* exp, x clamped to [-87, 87]; relative error below 3e-7 (polynomial of degree 6 on [-ln2/2, ln2/2]). */
                        INLINE V NAME(exponential)(V x) {
