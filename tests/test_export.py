@@ -132,7 +132,9 @@ def test_float_file_computes_the_maps_of_its_checkpoint(trained, exported, stage
     file, printed, errors = exported(trained.model(stage), *FLOAT, name=f"new folder/stage {stage}.binaryad")
     assert printed == f"written: {file} ({file.stat().st_size:,} bytes)\n"
     differing, decisions, difference = re.search(
-        r"on bits, two images of noise: (\d+) of (\d+) binary decisions differ from the trained model's, its maps by at most (\S+)", errors
+        r"on bits, two images of noise: (\d+) of (\d+) binary decisions differ from the trained model's, "
+        r"its maps by at most (\S+)",
+        errors,
     ).groups()
     assert (int(differing), int(decisions)) == (0, decisions_of(stage, 32, 56, 6) // 3 * 2)
     assert float(difference) < 1e-5

@@ -26,13 +26,13 @@ typedef float NAME(UnalignedK) __attribute__((vector_size(4 * KEY_LANES), aligne
 #define I NAME(I)
 
 INLINE V NAME(load)(const float *values) { return *(const NAME(Unaligned) *)values; }
-                    
-                    INLINE void NAME(store)(float *target, V values) { *(NAME(Unaligned) *)target = values; }
-                        
-                        INLINE V NAME(splat)(float value) { return value - (V){0}; }
-                     
-                     /* The first `count` (at most LANES) values, then zeros. */
-                     INLINE V NAME(load_part)(const float *values, int64_t count) {
+
+INLINE void NAME(store)(float *target, V values) { *(NAME(Unaligned) *)target = values; }
+
+INLINE V NAME(splat)(float value) { return value - (V){0}; }
+
+/* The first `count` (at most LANES) values, then zeros. */
+INLINE V NAME(load_part)(const float *values, int64_t count) {
     float buffer[LANES] = {0};
     memcpy(buffer, values, (size_t)count * sizeof(float));
     return NAME(load)(buffer);
@@ -50,12 +50,12 @@ INLINE float NAME(sum)(V v) {
 }
 
 INLINE V NAME(choose)(I condition, V yes, V no) { return (V)(((I)yes & condition) | ((I)no & ~condition)); }
-                      
-                      /* The larger of two, NaN if either is. */
+
+/* The larger of two, NaN if either is. */
 INLINE V NAME(maximum)(V a, V b) { return NAME(choose)((a > b) | (a != a), a, b); }
-                       
-                       /* exp, x clamped to [-87, 87]; relative error below 3e-7 (polynomial of degree 6 on [-ln2/2, ln2/2]). */
-                       INLINE V NAME(exponential)(V x) {
+
+/* exp, x clamped to [-87, 87]; relative error below 3e-7 (polynomial of degree 6 on [-ln2/2, ln2/2]). */
+INLINE V NAME(exponential)(V x) {
     x = NAME(choose)(x < -87.0f, NAME(splat)(-87.0f), NAME(choose)(x > 87.0f, NAME(splat)(87.0f), x));
     const V magic = NAME(splat)(12582912.0f); /* 1.5 * 2^23: adding it rounds to an integer */
     const V whole = (x * 1.44269504088896341f + magic) - magic;
