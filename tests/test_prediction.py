@@ -449,7 +449,11 @@ def test_signals_keep_what_is_done(predict, tiny_detector, photos, tmp_path, mon
         return original(inputs)
 
     monkeypatch.setattr(tiny_detector, "anomaly_map", anomaly_map)
-    assert predict("--input", photos) == code
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background inherits "ignore"
+    try:
+        assert predict("--input", photos) == code
+    finally:
+        signal.signal(signal.SIGINT, previous)
     assert list(rows(tmp_path)) == [str(photos / "a.png"), str(photos / "c.JPG")]
     assert results(tmp_path) == {"heatmaps/a.png.jpg", "heatmaps/c.JPG.jpg"}
     assert "stopped after 2 of 4 images" in capsys.readouterr().err
