@@ -87,8 +87,13 @@ class BinaryLinear(nn.Module):
         return self.alpha * self.log_activation_scale.exp() if self.options.activation_bits == 1 else self.alpha
 
     def forward(self, inputs: Tensor) -> Tensor:
-        # scaled after the product, which is then an exact integer: packed execution finds the same numbers
+        signs = self.weight_signs()
+        scale = 1.0
         if self.options.activation_bits == 1:
             scale = self.log_activation_scale.exp()
             inputs = binary_sign((inputs - self.threshold) / scale, self.options.activation_gradient)
-        return F.linear(inputs, self.weight_signs()) * self.output_scale() + self.bias
+        if torch.is_autocast_enabled("cuda" if inputs.is_cuda else "cpu"):
+            # mixed precision rounds the product anyway: one operation, whose output keeps the low precision
+            return F.linear(scale * inputs, self.alpha.unsqueeze(1) * signs, self.bias)
+        # scaled after the product, which is then an exact integer: packed execution finds the same numbers
+        return F.linear(inputs, signs) * self.output_scale() + self.bias
