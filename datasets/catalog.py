@@ -1,88 +1,107 @@
-"""The data sets by the name that `--dataset` takes."""
+"""The data sets by the name that `--dataset` takes, and which of their categories a command works on."""
 
 import difflib
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from common.errors import UserError
-from datasets import elpv, mvtec
-from datasets.records import Record
+from datasets.layouts import LAYOUTS, Layout
+from datasets.listing import ListingOptions
 
+__all__ = ["LAYOUTS", "RESERVED_ITEM", "DataSource", "Layout", "ListingOptions", "choose_items", "data_sources", "label_of"]
 
 RESERVED_ITEM = "Mean"
 
 
 @dataclass(frozen=True)
-class Layout:
-    """How to list a data set: its categories, then the records of one category.
+class DataSource:
+    """A data set and where it lies."""
 
-    Attributes:
-        categories: root -> names in the published order.
-        train: (root, item) -> records.
-        test: (root, item, allow_missing_masks) -> records.
-        published_counts: item -> (train, test good, test defective), where published.
-        tree: what lies below the root, for messages.
-        default_root: where the data set is when `--data_path` is not given.
+    dataset: str
+    root: Path
+
+    @property
+    def layout(self) -> Layout:
+        """How to list it."""
+        return LAYOUTS[self.dataset]
+
+
+def data_sources(dataset: str, paths: list[str] | None) -> list[DataSource]:
+    """The data sets of `A+B+C` with one existing folder each.
+
+    Raises:
+        UserError: an unknown or repeated name, another number of folders than of names, a folder that does not exist.
     """
-
-    categories: Callable[[Path], list[str]]
-    train: Callable[[Path, str], list[Record]]
-    test: Callable[[Path, str, bool], list[Record]]
-    published_counts: dict[str, tuple[int, int, int]]
-    tree: str
-    default_root: Callable[[], Path] | None = None
-
-
-LAYOUTS = {
-    "MVTec-AD": Layout(
-        categories=lambda root: list(mvtec.CATEGORIES),
-        train=mvtec.train_records,
-        test=lambda root, item, allow: mvtec.test_records(root, item, truth_optional=False, allow_missing_masks=allow),
-        published_counts=mvtec.PUBLISHED_COUNTS,
-        tree=mvtec.TREE,
-    ),
-    "ELPV": Layout(
-        categories=lambda root: list(elpv.CATEGORIES),
-        train=elpv.train_records,
-        test=lambda root, item, allow: elpv.test_records(root, item),
-        published_counts={},
-        tree=elpv.TREE,
-        default_root=elpv.installed_root,
-    ),
-    "Folder": Layout(
-        categories=mvtec.discover_categories,
-        train=mvtec.train_records,
-        test=lambda root, item, allow: mvtec.test_records(root, item, truth_optional=True, allow_missing_masks=allow),
-        published_counts={},
-        tree=mvtec.TREE,
-    ),
-}
-
-
-def data_root(dataset: str, data_path: str | None) -> Path:
-    """The existing folder of a data set; raises UserError with the expected content otherwise."""
-    layout = LAYOUTS[dataset]
-    if data_path is None:
+    names = dataset.split("+")
+    for name in names:
+        if name not in LAYOUTS:
+            raise UserError(f"--dataset {dataset!r}: {name!r} is no data set; {_hint(name, list(LAYOUTS))}")
+        if names.count(name) > 1:
+            raise UserError(f"--dataset {dataset!r} names {name} twice; name each data set once")
+    if paths is None and len(names) == 1:
+        layout = LAYOUTS[dataset]
         if layout.default_root is None:
             raise UserError(f"--dataset {dataset} needs --data_path, the folder that holds one folder per category")
-        return layout.default_root()
-    root = Path(data_path)
-    if not root.is_dir():
-        raise UserError(f"data not found: --data_path {data_path!r} is no folder; expected in it: {layout.tree}")
-    return root
+        return [DataSource(dataset, layout.default_root())]
+    paths = paths or []
+    if len(paths) != len(names):
+        raise UserError(
+            f"--dataset {dataset!r} needs {len(names)} folders after --data_path, one per data set in the same order; "
+            f"found {len(paths)}"
+        )
+    for name, path in zip(names, paths, strict=True):
+        if not Path(path).is_dir():
+            raise UserError(f"data not found: --data_path {path!r} is no folder; expected in it: {LAYOUTS[name].tree}")
+    return [DataSource(name, Path(path)) for name, path in zip(names, paths, strict=True)]
 
 
-def choose_items(dataset: str, root: Path, wanted: list[str] | None) -> list[str]:
-    """Categories to work on, in the data set's order; raises UserError for an unknown one."""
-    known = LAYOUTS[dataset].categories(root)
-    if RESERVED_ITEM in known:
-        raise UserError(f"category {RESERVED_ITEM!r} in {str(root)!r}: rename it, the results use that name for their mean")
+def choose_items(sources: list[DataSource], wanted: list[str] | None) -> list[tuple[DataSource, str]]:
+    """Categories to work on, in the order of the data sets and of each one's categories.
+
+    Args:
+        wanted: `bottle` or `MVTec-AD/bottle`; None for all.
+
+    Raises:
+        UserError: an unknown category, or a plain name that several data sets have.
+    """
+    known = [(source, item) for source in sources for item in _categories(source)]
     if wanted is None:
         return known
-    for item in wanted:
-        if item not in known:
-            near = difflib.get_close_matches(item, known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"choose from {' '.join(known)}"
-            raise UserError(f"--item {item!r} is no category of {dataset} in {str(root)!r}; {hint}")
-    return [item for item in known if item in wanted]
+    chosen = {_find(name, known, sources) for name in wanted}
+    return [pair for pair in known if pair in chosen]
+
+
+def label_of(sources: list[DataSource], source: DataSource, item: str) -> str:
+    """Name of a category in results: `bottle`, or `MVTec-AD/bottle` among several data sets."""
+    return item if len(sources) == 1 else _full_name(source, item)
+
+
+def _full_name(source: DataSource, item: str) -> str:
+    return f"{source.dataset}/{item}"
+
+
+def _categories(source: DataSource) -> list[str]:
+    known = source.layout.categories(source.root)
+    if RESERVED_ITEM in known:
+        raise UserError(
+            f"category {RESERVED_ITEM!r} in {str(source.root)!r}: rename it, the results use that name for their mean"
+        )
+    return known
+
+
+def _find(name: str, known: list[tuple[DataSource, str]], sources: list[DataSource]) -> tuple[DataSource, str]:
+    matches = [(source, item) for source, item in known if name in (item, _full_name(source, item))]
+    if len(matches) == 1:
+        return matches[0]
+    if matches:
+        choices = " or ".join(_full_name(*match) for match in matches)
+        raise UserError(f"--item {name!r} is a category of several data sets; write {choices}")
+    names = [label_of(sources, source, item) for source, item in known]
+    by_any_name = names if len(sources) == 1 else [item for _, item in known] + names
+    where = " and ".join(f"{source.dataset} in {str(source.root)!r}" for source in sources)
+    raise UserError(f"--item {name!r} is no category of {where}; {_hint(name, by_any_name)}")
+
+
+def _hint(name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {near[0]!r}?" if near else f"choose from {' '.join(known)}"

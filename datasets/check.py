@@ -5,11 +5,9 @@ from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
-import numpy as np
-
 from common.errors import UserError
-from datasets.images import load_image, load_mask
-from datasets.records import Record, check_mask_sizes
+from datasets.images import DEFAULT_MAX_PIXELS, load_image, load_mask
+from datasets.records import Record, mask_size_differs
 
 
 def undecodable(records: Iterable[Record], max_pixels: int) -> list[tuple[Record, str]]:
@@ -25,19 +23,29 @@ def undecodable(records: Iterable[Record], max_pixels: int) -> list[tuple[Record
     return bad
 
 
-def mask_faults(record: Record, max_pixels: int) -> tuple[list[str], list[str]]:
-    """(errors, warnings) on the masks of a decodable record: another size than the image, or no pixel marked."""
-    errors, warnings = [], []
+def record_faults(record: Record, max_pixels: int = DEFAULT_MAX_PIXELS) -> tuple[list[str], list[str]]:
+    """(errors, warnings) on one record: files that cannot be decoded, masks of another size than the image, no pixel marked."""
+    errors, marked = [], False
+    size = None
     try:
-        check_mask_sizes([record], max_pixels)
+        size = load_image(record.path, max_pixels).size
     except UserError as error:
         errors.append(str(error))
-    if record.masks and not any(np.asarray(load_mask(mask, max_pixels)).any() for mask in record.masks):
-        warnings.append(f"empty mask: {str(record.masks[0])!r} marks no pixel although its image is defective")
-    return errors, warnings
+    for path in record.masks:
+        try:
+            mask = load_mask(path, max_pixels)
+        except UserError as error:
+            errors.append(str(error))
+            continue
+        if size not in (None, mask.size):
+            errors.append(mask_size_differs(path, mask.size, record.path, size))
+        marked = marked or mask.getbbox() is not None
+    if errors or marked or not record.masks:
+        return errors, []
+    return [], [f"empty mask: {str(record.masks[0])!r} marks no pixel although its image is defective"]
 
 
-def shared_images(train: list[Record], test: list[Record]) -> list[tuple[Path, Path]]:
+def shared_images(train: Iterable[Record], test: Iterable[Record]) -> list[tuple[Path, Path]]:
     """Pairs (training image, test image) with identical bytes; only files of equal size are read."""
     by_size: dict[int, list[Path]] = defaultdict(list)
     for record in train:

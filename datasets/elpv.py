@@ -9,6 +9,7 @@ import importlib.util
 from pathlib import Path
 
 from common.errors import UserError
+from datasets.listing import DEFAULT_OPTIONS, ListingOptions, joined, read_index
 from datasets.records import Record
 
 CATEGORIES = ["mono", "poly"]
@@ -30,18 +31,16 @@ def _is_training_cell(name: str) -> bool:
 
 def _cells(root: Path, item: str) -> list[tuple[Path, float]]:
     labels = root / _LABELS
-    if not labels.is_file():
-        raise UserError(f"ELPV labels not found: {str(labels)!r} does not exist; --data_path must hold labels.csv and images/")
     cells = []
-    for number, line in enumerate(labels.read_text().splitlines(), 1):
+    for number, line in enumerate(read_index(labels, "ELPV labels").splitlines(), 1):
         try:
             name, probability, kind = line.split()
             probability = float(probability)
         except ValueError as error:
-            raise UserError(f"ELPV labels damaged: line {number} of {str(labels)!r} is {line!r}, expected 'path probability type'") from error
-        path = (root / name).resolve()
-        if not path.is_relative_to(root.resolve()):
-            raise UserError(f"ELPV labels refused: line {number} of {str(labels)!r} points outside the data set: {name!r}")
+            raise UserError(
+                f"ELPV labels damaged: line {number} of {str(labels)!r} is {line!r}, expected 'path probability type'"
+            ) from error
+        path = joined(root, name, f"line {number} of {str(labels)!r}")
         if kind == item and not path.is_file():
             raise UserError(f"ELPV image missing: line {number} of {str(labels)!r} names {name!r}, which does not exist")
         if kind == item:
@@ -51,15 +50,15 @@ def _cells(root: Path, item: str) -> list[tuple[Path, float]]:
     return sorted(cells)
 
 
-def train_records(root: Path, item: str) -> list[Record]:
+def train_records(root: Path, item: str, options: ListingOptions = DEFAULT_OPTIONS) -> list[Record]:
     """Four fifths of the good cells."""
     return [Record(path, 0, item) for path, p in _cells(root, item) if p == 0 and _is_training_cell(path.name)]
 
 
-def test_records(root: Path, item: str) -> list[Record]:
+def test_records(root: Path, item: str, options: ListingOptions = DEFAULT_OPTIONS) -> list[Record]:
     """The other good cells and all surely defective ones."""
     return [
-        Record(path, int(p), item)
+        Record(path, int(p), item, kind="defective" if p == 1 else "")
         for path, p in _cells(root, item)
         if p == 1 or (p == 0 and not _is_training_cell(path.name))
     ]

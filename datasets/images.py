@@ -32,9 +32,7 @@ def _open(path: Path, max_pixels: int) -> Image.Image:
         if not path.exists():
             raise UserError(f"image not found: {str(path)!r} does not exist; correct the path") from error
         reason = "is empty (0 bytes)" if path.is_file() and path.stat().st_size == 0 else f"is no readable image ({error})"
-        raise UserError(
-            f"cannot read {str(path)!r}: it {reason}; replace or remove it"
-        ) from error
+        raise UserError(f"cannot read {str(path)!r}: it {reason}; replace or remove it") from error
     if image.width * image.height > max_pixels:
         raise UserError(
             f"image too large: {str(path)!r} has {image.width}x{image.height} pixels, the limit is {max_pixels}; "
@@ -54,9 +52,7 @@ def image_size(path: Path, max_pixels: int = DEFAULT_MAX_PIXELS) -> tuple[int, i
 
 
 def _undecodable(path: Path, error: Exception) -> UserError:
-    return UserError(
-        f"cannot decode {str(path)!r}: damaged or cut short ({error}); replace or remove it"
-    )
+    return UserError(f"cannot decode {str(path)!r}: damaged or cut short ({error}); replace or remove it")
 
 
 def _decoded(path: Path, max_pixels: int) -> Image.Image:
@@ -85,11 +81,15 @@ def load_image(path: Path, max_pixels: int = DEFAULT_MAX_PIXELS) -> Image.Image:
     return image.convert("RGB")
 
 
-def load_mask(path: Path, max_pixels: int = DEFAULT_MAX_PIXELS) -> Image.Image:
-    """Mask as a grey image of 0 and 255: every pixel with any colour value above 0 is defect."""
+def load_mask_values(path: Path, max_pixels: int = DEFAULT_MAX_PIXELS) -> np.ndarray:
+    """Mask as (H, W) numbers as they are stored; of several colour values the largest."""
     image = _decoded(path, max_pixels)
     if image.mode not in _SIXTEEN_BIT_MODES | {"F", "L", "1"}:
         image = image.convert("RGB")
     values = np.asarray(image)
-    defect = values > 0 if values.ndim == 2 else (values > 0).any(axis=2)
-    return Image.fromarray(defect.astype(np.uint8) * 255)
+    return values if values.ndim == 2 else values.max(axis=2)
+
+
+def load_mask(path: Path, max_pixels: int = DEFAULT_MAX_PIXELS) -> Image.Image:
+    """Mask as a grey image of 0 and 255: every pixel with any colour value above 0 is defect."""
+    return Image.fromarray((load_mask_values(path, max_pixels) > 0).astype(np.uint8) * 255)

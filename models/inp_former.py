@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from models.encoder import FrozenEncoder
 from models.layers import Mlp, PrototypeDecoderBlock, PrototypeExtractorBlock
-from models.losses import prototype_coherence_loss, soft_mining_loss
+from models.losses import nearest_prototype_distance, prototype_coherence_loss, soft_mining_loss
 from models.reconstruction import ReconstructionDetector, group_means, initialise_decoder
 
 DECODER_DEPTH = 8
@@ -52,6 +52,16 @@ class INPFormer(ReconstructionDetector):
             tokens = block(tokens, prototypes)
             outputs.append(tokens)
         return group_means(outputs[::-1]), prototypes
+
+    @torch.no_grad()
+    def prototype_map(self, inputs: Tensor) -> Tensor:
+        """Distance of every fused token to its nearest prototype as a map like `anomaly_map`; the decoder has no part.
+
+        For categories that the decoder was not trained on (INP-Former, zero-shot).
+        """
+        fused = self.features_of(inputs).mean(dim=1)
+        distance = nearest_prototype_distance(fused.float(), self.prototypes(fused).float())
+        return self.enlarged(distance.unsqueeze(1))
 
     def training_loss(self, inputs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean soft mining loss of the two groups + 0.2 x prototype coherence (+ distillation, if a teacher is set)."""

@@ -1,6 +1,7 @@
 """Losses of the reconstruction networks, on tokens (B, N, C)."""
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -34,21 +35,36 @@ def global_cosine_distance(first: Tensor, second: Tensor) -> Tensor:
     return (1 - F.cosine_similarity(first.flatten(1), second.flatten(1), dim=-1)).mean()
 
 
+def _mean_of_whole_batch(values: Tensor) -> Tensor:
+    """Mean over the equal parts of all processes that train together, or of this one."""
+    mean = values.mean()
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(mean)
+        mean /= dist.get_world_size()
+    return mean
+
+
 def soft_mining_loss(target: Tensor, reconstruction: Tensor, exponent: float = 3.0) -> Tensor:
     """Global cosine distance whose gradient is weighted per token (INP-Former, soft mining loss).
 
     A token's weight is (distance / mean distance of the batch) ** exponent: what is badly reconstructed pulls harder.
-    The value is unweighted. `target` receives no gradient.
+    The value is unweighted. `target` receives no gradient. Where several processes share a batch in equal parts, the mean
+    distance is that of the whole batch, and the mean of their gradients is the gradient of the whole batch.
     """
     target = target.detach()
     with torch.no_grad():
         distance = cosine_distance(target, reconstruction)  # (B, N)
-        weights = (distance / distance.mean().clamp_min(_SMALLEST_MEAN)) ** exponent
+        weights = (distance / _mean_of_whole_batch(distance).clamp_min(_SMALLEST_MEAN)) ** exponent
     return global_cosine_distance(target, scale_gradient(reconstruction, weights.unsqueeze(-1)))
+
+
+def nearest_prototype_distance(tokens: Tensor, prototypes: Tensor) -> Tensor:
+    """1 - cosine of every token (B, N, C) to the nearest prototype (B, M, C) of its image: (B, N)."""
+    with torch.autocast(tokens.device.type, enabled=False):
+        similarity = F.normalize(tokens, dim=-1) @ F.normalize(prototypes, dim=-1).transpose(-2, -1)  # (B, N, M)
+        return (1 - similarity).amin(dim=-1)
 
 
 def prototype_coherence_loss(tokens: Tensor, prototypes: Tensor) -> Tensor:
     """Mean distance of every token (B, N, C) to its nearest prototype (B, M, C) of the image (INP-Former, L_c)."""
-    with torch.autocast(tokens.device.type, enabled=False):
-        similarity = F.normalize(tokens, dim=-1) @ F.normalize(prototypes, dim=-1).transpose(-2, -1)  # (B, N, M)
-        return (1 - similarity).amin(dim=-1).mean()
+    return nearest_prototype_distance(tokens, prototypes).mean()

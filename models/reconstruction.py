@@ -61,12 +61,15 @@ class ReconstructionDetector(Detector):
             goal, _ = self._teacher[0].reconstruct(features)
         return self._distillation_weight * cosine_distance(goal.float(), reconstruction.float()).mean()
 
+    def enlarged(self, distances: Tensor) -> Tensor:
+        """Token distances (B, K, N) -> the mean of the K maps at the input's resolution (B, H, W), bilinear."""
+        grid = math.isqrt(distances.shape[-1])
+        size = grid * self.encoder.patch_size
+        maps = F.interpolate(distances.unflatten(-1, (grid, grid)), size=(size, size), mode="bilinear", align_corners=True)
+        return maps.mean(dim=1)
+
     @torch.no_grad()
     def anomaly_map(self, inputs: Tensor) -> Tensor:
         features = self.features_of(inputs)
         reconstruction, _ = self.reconstruct(features)
-        distance = cosine_distance(features.float(), reconstruction.float())  # (B, 2, N)
-        grid = math.isqrt(distance.shape[-1])
-        size = grid * self.encoder.patch_size
-        maps = F.interpolate(distance.unflatten(-1, (grid, grid)), size=(size, size), mode="bilinear", align_corners=True)
-        return maps.mean(dim=1)
+        return self.enlarged(cosine_distance(features.float(), reconstruction.float()))

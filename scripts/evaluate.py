@@ -12,14 +12,15 @@ from pathlib import Path
 
 import torch
 
-from datasets.catalog import LAYOUTS, choose_items, data_root
+from datasets.catalog import choose_items, data_sources, label_of
 from datasets.records import ImageDataset, Record
-from utils.arguments import add_data_arguments, number
+from utils.arguments import add_data_arguments, listing_options, number
 from utils.command import run_command
 from utils.devices import choose_device
-from utils.evaluation import EvaluationOptions, evaluate
+from utils.evaluation import evaluate
 from utils.metrics import METRIC_NAMES, named
 from utils.packed_model import load_packed
+from utils.protocol import EvaluationOptions
 from utils.report import format_metric
 from utils.tables import format_rows
 
@@ -41,11 +42,11 @@ def evaluate_models(arguments: argparse.Namespace) -> int:
     """Print a row per model and category."""
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    layout, root = LAYOUTS[arguments.dataset], data_root(arguments.dataset, arguments.data_path)
+    sources = data_sources(arguments.dataset, arguments.data_path)
     rows = [("model", "item", *METRIC_NAMES, "OK right", "NG right", "MB", "ms per image")]
-    for item in choose_items(arguments.dataset, root, arguments.item):
-        records = layout.test(root, item, arguments.allow_missing_masks)
-        rows += [evaluate_model(path, item, records, arguments) for path in arguments.model]
+    for source, item in choose_items(sources, arguments.item):
+        records = source.layout.test(source.root, item, listing_options(arguments))
+        rows += [evaluate_model(path, label_of(sources, source, item), records, arguments) for path in arguments.model]
     print(format_rows(rows))
     return 0
 

@@ -1,6 +1,8 @@
-"""Compare runs: one table of results, one of cost, and one HTML page with everything.
+"""Compare runs, finished or not, with each other and with published results: text, Markdown, CSV and one HTML page.
 
 python -m scripts.report RUN RUN RUN --html report.html
+python -m scripts.report RUNS... --output table.md --html report.html              # also table.csv
+python -m scripts.report RUNS... --output table.md --measure                       # times every model on this machine first
 """
 
 import argparse
@@ -8,80 +10,50 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from common.errors import UserError
+from utils.arguments import number
 from utils.command import run_command
-from utils.evaluation import EvaluationOptions
-from utils.metrics import METRIC_NAMES, mean_metrics
-from utils.report import format_metric, read_cost, write_comparison
-from utils.run_folder import RunFolder
-from utils.tables import format_rows
-
-_SCOPES = ("decoder side", "whole model")
-
-
-def result_comparison(folders: list[Path]) -> str:
-    """Mean metrics of every run, in percent."""
-    rows = [("run", "stage", "items", *METRIC_NAMES)]
-    for folder in folders:
-        run = RunFolder(folder)
-        results, config = run.rows(), run.stored_config()
-        means = mean_metrics(list(results.values()))
-        cells = (format_metric(means[name]) for name in METRIC_NAMES)
-        rows.append((config["save_name"], str(config["clb_stage"]), str(len(results)), *cells))
-    return format_rows(rows)
+from utils.comparison import compare_runs
+from utils.comparison_csv import write_csv
+from utils.comparison_page import write_markdown, write_page
+from utils.comparison_tables import cost_table, overview, protocol_lines
+from utils.published import read_published
+from utils.run_timing import measure_runs
 
 
-def cost_comparison(folders: list[Path]) -> str:
-    """Counted cost of every run: megabytes and MACs, decoder side and whole model."""
-    rows = [("run", *(cell for scope in _SCOPES for cell in (f"{scope}: MB", "ratio", "GMAC", "ratio")))]
-    for folder in folders:
-        table = read_cost(folder / "cost.json")
-        cells = [RunFolder(folder).stored_config()["save_name"]]
-        for scope in _SCOPES:
-            cost = table[scope]
-            cells += [
-                f"{cost.bytes / 1e6:.1f}",
-                f"{cost.size_ratio:.2f}x",
-                f"{cost.equivalent_macs / 1e9:.2f}",
-                f"{cost.mac_ratio:.2f}x",
-            ]
-        rows.append(tuple(cells))
-    return format_rows(rows)
-
-
-def compare(arguments: argparse.Namespace) -> int:
-    """Print both tables and write the page."""
+def report(arguments: argparse.Namespace) -> int:
+    """Print the tables and write the files."""
     folders = [arguments.root / run for run in arguments.runs]
-    for folder in folders:
-        if not all((folder / name).is_file() for name in ("config.yaml", "results.csv", "cost.json")):
-            raise UserError(f"{str(folder)!r} is no finished run; expected config.yaml, results.csv and cost.json in it")
-    protocols = {folder.name: EvaluationOptions.from_config(RunFolder(folder).stored_config()).describe() for folder in folders}
-    same = len(set(protocols.values())) == 1
-    protocol = (
-        next(iter(protocols.values()))
-        if same
-        else "\n".join(
-            ["PROTOCOLS DIFFER, the rows are not comparable:", *(f"{name}: {text}" for name, text in protocols.items())]
-        )
-    )
-    summary = (
-        f"{result_comparison(folders)}\n\npercent; n/a: not defined (no masks, or one class only)\n{protocol}\n\n"
-        f"{cost_comparison(folders)}\n\n"
-        "cost is counted, not measured: a binary MAC at 1/64 of a float MAC, a binary weight as one bit"
-    )
-    print(summary)
-    write_comparison(arguments.html, folders, summary)
-    print(f"report: {arguments.html}")
+    published = read_published()
+    comparison = compare_runs(folders)
+    if arguments.measure:
+        measure_runs(folders, arguments.encoder_weights, arguments.repeats)
+        comparison = compare_runs(folders)
+    for section in comparison.sections:
+        print(f"{overview(section).text()}\n\n{cost_table(section).text()}\n")
+    notes = ["percent; n/a: not defined (no masks, or one class only)", *protocol_lines(comparison), *comparison.warnings]
+    print(*notes, *(f"missing: {line}" for line in comparison.missing), sep="\n")
+    table = arguments.csv or (arguments.output and arguments.output.with_suffix(".csv"))
+    for path, write in ((arguments.output, write_markdown), (table, write_csv), (arguments.html, write_page)):
+        if path:
+            write(path, comparison, published)
+            print(f"report: {path}")
     return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders; one that does not exist yet is listed as missing")
     parser.add_argument("--root", type=Path, default=Path(), help="folder that the run folders lie in")
     parser.add_argument("--html", type=Path, default=Path("report.html"), help="page to write")
-    return run_command(parser, argv, compare)
+    parser.add_argument("--output", type=Path, metavar="FILE.md", help="tables as Markdown")
+    parser.add_argument("--csv", type=Path, metavar="FILE.csv", help="tables as CSV (default: beside --output)")
+    parser.add_argument("--measure", action="store_true", help="time every model here, on one thread; timing.json keeps it")
+    parser.add_argument("--repeats", type=number(int, 1), default=9, help="of --measure: rounds in which every model runs once")
+    parser.add_argument("--encoder_weights", metavar="FILE", help="of --measure: the weights that the runs were trained on")
+    parser.add_argument("--quiet", action="store_true", help="warnings only")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    return run_command(parser, argv, report)
 
 
 if __name__ == "__main__":

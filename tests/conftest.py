@@ -3,11 +3,14 @@
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
+import Binary_INP_Few_Shot
+import Binary_INP_Multi_Class
 import Binary_INP_Single_Class
 from models.build import RANDOM_TINY_ENCODER, build_encoder, build_inp_former
 from tests.miniature import TINY_FLAGS, make_mvtec
@@ -35,22 +38,33 @@ def mvtec(tmp_path):
 
 @pytest.fixture
 def train(tmp_path):
-    """Call the single-class script in this process: flags -> exit code. Outputs go to tmp_path/runs."""
+    """Call an entry script in this process: flags -> exit code. Outputs go to tmp_path/runs."""
 
-    def run(*flags: str, data: Path | None = None, dataset: str = "Folder") -> int:
-        return Binary_INP_Single_Class.main(command_line(tmp_path, data, dataset, *flags))
+    def run(*flags: str, data: Path | None = None, dataset: str = "Folder", script=Binary_INP_Single_Class) -> int:
+        return script.main(command_line(tmp_path, data, dataset, *flags))
 
     return run
 
 
 @pytest.fixture
-def start_process(tmp_path):
-    """Start the single-class script as a user does; returns the running process."""
+def train_multi(train):
+    """`train` with the multi-class script."""
+    return partial(train, script=Binary_INP_Multi_Class)
 
-    def start(*flags: str, data: Path, dataset: str = "Folder") -> subprocess.Popen:
-        script = str(REPOSITORY / "Binary_INP_Single_Class.py")
+
+@pytest.fixture
+def train_few(train):
+    """`train` with the few-shot script."""
+    return partial(train, script=Binary_INP_Few_Shot)
+
+
+@pytest.fixture
+def start_process(tmp_path):
+    """Start an entry script as a user does; returns the running process."""
+
+    def start(*flags: str, data: Path, dataset: str = "Folder", script: str = "Binary_INP_Single_Class") -> subprocess.Popen:
         return subprocess.Popen(
-            [sys.executable, script, *command_line(tmp_path, data, dataset, *flags)],
+            [sys.executable, str(REPOSITORY / f"{script}.py"), *command_line(tmp_path, data, dataset, *flags)],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -66,6 +80,7 @@ def command_line(tmp_path: Path, data: Path | None, dataset: str, *flags: str) -
     return ["--dataset", dataset, *where, *TINY_FLAGS, "--save_dir", str(tmp_path / "runs"), *flags]
 
 
-def run_folder(tmp_path: Path, save_name: str = "INP-Former-Single-Class", dataset: str = "Folder") -> Path:
-    """Where such a run lies."""
-    return tmp_path / "runs" / f"{save_name}_dataset={dataset}_Encoder=random_vit_tiny_14_Resize=64_Crop=56_INP_num=6"
+def run_folder(tmp_path: Path, save_name: str = "INP-Former-Single-Class", dataset: str | None = "Folder") -> Path:
+    """Where such a run lies; without a data set in its name where several are joined."""
+    data = "" if dataset is None else f"_dataset={dataset}"
+    return tmp_path / "runs" / f"{save_name}{data}_Encoder=random_vit_tiny_14_Resize=64_Crop=56_INP_num=6"

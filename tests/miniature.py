@@ -24,6 +24,15 @@ def save(path: Path, pixels: np.ndarray, **options) -> Path:
     return path
 
 
+def with_defect(generator: np.random.Generator, side: int = SIDE) -> tuple[np.ndarray, np.ndarray]:
+    """A texture with a bright square, and its mask (side, side) uint8 of 0 and 255."""
+    image, mask = texture(generator, side), np.zeros((side, side), np.uint8)
+    top, left = generator.integers(side // 4, side // 2, 2)
+    square = slice(top, top + side // 5), slice(left, left + side // 5)
+    image[square], mask[square] = (250, 30, 30), 255
+    return image, mask
+
+
 def make_mvtec(root: Path, items=("bottle",), train=8, good=3, defective=3, masks=True, side=SIDE) -> Path:
     """MVTec layout: every defective image has a bright square, which its mask marks."""
     generator = np.random.default_rng(0)
@@ -33,10 +42,7 @@ def make_mvtec(root: Path, items=("bottle",), train=8, good=3, defective=3, mask
         for index in range(good):
             save(root / item / "test" / "good" / f"{index:03d}.png", texture(generator, side))
         for index in range(defective):
-            image, mask = texture(generator, side), np.zeros((side, side), np.uint8)
-            top, left = generator.integers(side // 4, side // 2, 2)
-            square = slice(top, top + side // 5), slice(left, left + side // 5)
-            image[square], mask[square] = (250, 30, 30), 255
+            image, mask = with_defect(generator, side)
             save(root / item / "test" / "hole" / f"{index:03d}.png", image)
             if masks:
                 save(root / item / "ground_truth" / "hole" / f"{index:03d}_mask.png", mask)

@@ -12,8 +12,8 @@ from utils.settings import Settings, settings_of
 NAME = "INP-Former-Single-Class"
 
 
-def settings(*flags: str) -> Settings:
-    return settings_of(parse(base_parser("", NAME), flags))
+def settings(*flags: str, setting: str = "single") -> Settings:
+    return settings_of(parse(base_parser("", "INP-Former", [setting]), flags))
 
 
 def test_defaults_are_the_papers():
@@ -81,3 +81,50 @@ def test_impossible_values_end_with_code_2(flags):
 def test_even_smoothing_kernel():
     with pytest.raises(UserError, match="use 5, or 0 for none"):
         settings("--smoothing_kernel", "4")
+
+
+SIZES = "_Encoder=dinov2reg_vit_base_14_Resize=448_Crop=392_INP_num=6"
+
+
+@pytest.mark.parametrize(
+    ("setting", "flags", "folder"),
+    [
+        ("multi", ("--dataset", "VisA"), f"INP-Former-Multi-Class_dataset=VisA{SIZES}"),
+        ("multi", ("--dataset", "VisA", "--clb_stage", "0"), f"INP-Former-Multi-Class-FP_dataset=VisA{SIZES}"),
+        ("multi", ("--dataset", "MVTec-AD+VisA", "--data_path", "a", "b"), f"INP-Former-Super-Multi-Class{SIZES}"),
+        ("few", ("--shot", "2"), f"INP-Former-Few-Shot-2_dataset=MVTec-AD{SIZES}"),
+        ("few", (), f"INP-Former-Few-Shot-4_dataset=MVTec-AD{SIZES}"),
+        ("few", ("--per_category",), f"INP-Former-Few-Shot-Per-Category-4_dataset=MVTec-AD{SIZES}"),
+    ],
+)
+def test_run_folders_of_the_settings_have_the_papers_names(setting, flags, folder):
+    assert settings(*flags, setting=setting).run_path.name == folder
+
+
+def test_zero_shot_folder_names_source_and_target():
+    flags = ("--phase", "test", "--test_checkpoint", "model.pth", "--scoring", "prototype")
+    assert settings(*flags, setting="multi").zero_shot_path("VisA").name == (
+        f"INP-Former-Zero-Shot{SIZES}_Source=VisA_Target=MVTec-AD"
+    )
+
+
+def test_one_model_unless_there_is_one_per_category():
+    made = [settings(), settings(setting="multi"), settings(setting="few"), settings("--per_category", setting="few")]
+    assert [each.one_model for each in made] == [False, True, True, False]
+    assert [each.data.shot for each in made] == [None, None, 4, 4]
+
+
+def test_configuration_of_another_setting_is_refused(tmp_path, capsys):
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(settings(setting="multi").config))
+    assert settings("--config", str(path), setting="multi").config["setting"] == "multi"
+    with pytest.raises(SystemExit):
+        settings("--config", str(path), setting="single")
+    assert "invalid choice: 'multi'" in capsys.readouterr().err
+
+
+def test_misspelt_data_set_offers_the_nearest(capsys):
+    with pytest.raises(SystemExit) as stop:
+        settings("--dataset", "VisA+MVTec-DA")
+    assert stop.value.code == 2
+    assert "did you mean 'MVTec-AD'?" in capsys.readouterr().err

@@ -9,12 +9,10 @@ import torch
 from PIL import Image
 
 from common.errors import UserError
-from datasets import elpv, mvtec
-from datasets.catalog import LAYOUTS, choose_items, data_root
-from datasets.check import mask_faults, shared_images, undecodable
+from datasets import elpv
+from datasets.catalog import LAYOUTS, ListingOptions
 from datasets.images import DEFAULT_MAX_PIXELS, image_size, list_images, load_image, load_mask
 from datasets.records import ImageDataset, Record
-from scripts import check_dataset
 from tests.miniature import make_elpv, make_mvtec, save
 
 RAMP = np.tile(np.arange(0, 256, 4, dtype=np.uint8), (48, 1))  # 64 wide, 48 high
@@ -147,7 +145,7 @@ def test_masks_pair_by_stem_with_and_without_suffix(tmp_path):
     folder = root / "bottle" / "ground_truth" / "hole"
     (folder / "000_mask.png").rename(folder / "000.png")
     (folder / ".hidden_mask.png").write_text("junk")
-    records = LAYOUTS["MVTec-AD"].test(root, "bottle", False)
+    records = LAYOUTS["MVTec-AD"].test(root, "bottle", ListingOptions())
     assert [record.label for record in records] == [0, 0, 0, 1, 1, 1]
     assert [path.name for record in records for path in record.masks] == ["000.png", "001_mask.png", "002_mask.png"]
 
@@ -157,30 +155,15 @@ def test_two_masks_for_one_image(tmp_path):
     folder = root / "bottle" / "ground_truth" / "hole"
     save(folder / "001_mask.bmp", np.zeros((64, 64), np.uint8))
     with pytest.raises(UserError, match="two masks"):
-        LAYOUTS["MVTec-AD"].test(root, "bottle", False)
+        LAYOUTS["MVTec-AD"].test(root, "bottle", ListingOptions())
 
 
 def test_masks_are_optional_in_a_folder_only(tmp_path):
     root = make_mvtec(tmp_path, masks=False)
-    records = LAYOUTS["Folder"].test(root, "bottle", False)
+    records = LAYOUTS["Folder"].test(root, "bottle", ListingOptions())
     assert [record.has_pixel_truth for record in records] == [True] * 3 + [False] * 3
     with pytest.raises(UserError, match=r"3 defective images in .* have no mask"):
-        LAYOUTS["MVTec-AD"].test(root, "bottle", False)
-
-
-def test_categories_are_discovered_and_chosen_in_order(tmp_path):
-    root = make_mvtec(tmp_path, items=("zeta", "alpha", "beta"))
-    assert choose_items("Folder", root, None) == ["alpha", "beta", "zeta"]
-    assert choose_items("Folder", root, ["zeta", "alpha"]) == ["alpha", "zeta"]
-    with pytest.raises(UserError, match="did you mean 'beta'"):
-        choose_items("Folder", root, ["betta"])
-    with pytest.raises(UserError, match="no category"):
-        choose_items("Folder", root / "alpha", None)
-
-
-def test_published_counts_add_up():
-    assert list(mvtec.PUBLISHED_COUNTS) == list(mvtec.CATEGORIES)
-    assert np.sum(list(mvtec.PUBLISHED_COUNTS.values()), axis=0).tolist() == [3629, 467, 1258]
+        LAYOUTS["MVTec-AD"].test(root, "bottle", ListingOptions())
 
 
 def test_elpv_split_is_fixed_and_leaves_doubtful_cells_out(tmp_path):
@@ -209,47 +192,9 @@ def test_elpv_labels_are_untrusted(tmp_path, line, message):
         elpv.train_records(root, "mono")
 
 
-def test_roots(tmp_path):
-    with pytest.raises(UserError, match="--data_path"):
-        data_root("Folder", None)
+def test_elpv_labels_must_exist(tmp_path):
     with pytest.raises(UserError, match=r"labels\.csv"):
         elpv.train_records(tmp_path, "mono")
-
-
-def test_duplicates_and_undecodable_files_are_found(tmp_path):
-    root = make_mvtec(tmp_path)
-    train, test = (list_images(root / "bottle" / part) for part in ("train/good", "test/good"))
-    test[1].write_bytes(train[2].read_bytes())
-    test[2].write_bytes(b"")
-    as_records = [[Record(path, 0, "bottle") for path in paths] for paths in (train, test)]
-    assert shared_images(*as_records) == [(train[2], test[1])]
-    ((record, reason),) = undecodable([*as_records[0], *as_records[1]], DEFAULT_MAX_PIXELS)
-    assert record.path == test[2]
-    assert "0 bytes" in reason
-
-
-def test_mask_faults(tmp_path):
-    image = save(tmp_path / "a.png", RAMP)
-    empty = Record(image, 1, "part", (save(tmp_path / "empty.png", RAMP * 0),))
-    small = Record(image, 1, "part", (save(tmp_path / "small.png", RAMP[:9] + 1),))
-    errors, warnings = mask_faults(empty, DEFAULT_MAX_PIXELS)
-    assert not errors
-    assert "empty mask" in warnings[0]
-    errors, warnings = mask_faults(small, DEFAULT_MAX_PIXELS)
-    assert "64x9" in errors[0]
-    assert not warnings
-
-
-def test_check_dataset_command(tmp_path, capsys):
-    root = make_mvtec(tmp_path)
-    flags = ["--dataset", "MVTec-AD", "--data_path", str(root), "--item", "bottle"]
-    assert check_dataset.main(flags) == 0
-    printed = capsys.readouterr().out
-    assert "209/20/63" in printed
-    assert "counts differ" in printed
-    (root / "bottle" / "test" / "good" / "001.png").write_bytes(b"")
-    assert check_dataset.main(flags) == 2
-    assert "error: bottle: cannot read" in capsys.readouterr().out
 
 
 def test_masks_of_good_images_are_zero(tmp_path):

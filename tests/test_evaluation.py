@@ -10,15 +10,8 @@ from torch import Tensor, nn
 
 from common.errors import NumericError
 from models.detector import Detector
-from utils.evaluation import (
-    EvaluationOptions,
-    binary_mask,
-    calibrate_scale,
-    evaluate,
-    gaussian_kernel,
-    image_score,
-    smoothed_map,
-)
+from utils.evaluation import calibrate_scale, evaluate
+from utils.protocol import EvaluationOptions, binary_mask, gaussian_kernel, image_score, smoothed_map
 
 PUBLISHED = EvaluationOptions()
 PLAIN = EvaluationOptions(smoothing_kernel=0)
@@ -234,3 +227,24 @@ def test_scale_of_normal_images():
     assert scale["map_median"] == pytest.approx(ordered[len(ordered) // 2], abs=1e-5)
     assert scale["map_limit"] == pytest.approx(ordered[int(0.999 * len(ordered))], abs=1e-5)
     assert scale["scores"] == sorted(evaluation.scores.tolist())
+
+
+def test_scale_at_another_quantile():
+    evaluation = run(FirstChannel(), records(), PLAIN)
+    scale = calibrate_scale(evaluation, 0.95)
+    ordered = np.sort(evaluation.maps, axis=None).astype(float)
+    assert scale["map_limit"] == pytest.approx(ordered[int(0.95 * len(ordered))], abs=1e-5)
+
+
+def test_part_of_an_evaluation_is_that_of_its_images():
+    data = records()
+    part, alone = run(FirstChannel(), data).part(slice(1, 4)), run(FirstChannel(), data[1:4])
+    assert part.paths == alone.paths
+    for name in ("labels", "scores", "maps", "masks", "has_pixel_truth"):
+        np.testing.assert_array_equal(getattr(part, name), getattr(alone, name))
+
+
+def test_no_images_have_an_empty_evaluation():
+    evaluation = run(FirstChannel(), [])
+    assert (evaluation.paths, evaluation.mean_gate) == ([], None)
+    assert evaluation.maps.shape == evaluation.masks.shape == (0, 256, 256)

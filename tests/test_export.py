@@ -27,10 +27,10 @@ from tests.test_runtime import decisions_of, smallest_margin
 from utils.agreement import packed_copy
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.detectors import load_detector
-from utils.evaluation import EvaluationOptions
 from utils.evaluation import evaluate as score_images
 from utils.metrics import METRIC_NAMES
 from utils.packed_model import PackingOptions, load_packed
+from utils.protocol import EvaluationOptions
 
 FLOAT = ("--encoder_precision", "fp32", "--trained_precision", "fp32")
 NAME = "INP-Former-Single-Class"

@@ -1,18 +1,21 @@
 """The feature cache: same numbers, encoded once, never half written."""
 
 import os
-from collections import namedtuple
+import pickle
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+import utils.cache_plan
 import utils.feature_cache
 from common.errors import ResourceError
+from datasets.few_shot import FewShotDataset
 from datasets.mvtec import train_records
 from datasets.records import ImageDataset
 from tests.miniature import make_mvtec
-from utils.feature_cache import FeatureDataset, cache_features
+from utils.feature_cache import FeatureDataset, bytes_per_image, cache_features, cached_count
 
 IDENTITY = {"encoder_sha256": "a", "precision": "fp32"}
 
@@ -101,12 +104,11 @@ def test_off_encodes_nothing(images, encode, tmp_path):
 
 
 def test_auto_goes_from_disk_to_memory_to_nothing(images, encode, tmp_path, monkeypatch):
-    usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(utils.feature_cache.shutil, "disk_usage", lambda path: usage(10, 0, 10))
+    monkeypatch.setattr(utils.cache_plan, "free_disk", lambda folder: 10)
     data = cached(images, encode, tmp_path / "cache", "auto")
     assert isinstance(data.features, np.ndarray)
     assert not (tmp_path / "cache").exists()
-    monkeypatch.setattr(utils.feature_cache.os, "sysconf", lambda name: 1)
+    monkeypatch.setattr(utils.cache_plan, "available_memory", lambda: 1)
     assert cached(images, encode, tmp_path / "cache", "auto") is images
 
 
@@ -114,7 +116,53 @@ def test_disk_that_is_too_small_is_one_sentence(images, encode, tmp_path, monkey
     def no_space(descriptor, offset, length):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(utils.feature_cache.os, "posix_fallocate", no_space)
+    monkeypatch.setattr(os, "posix_fallocate", no_space)
     with pytest.raises(ResourceError, match="--cache_features ram"):
         cached(images, encode, tmp_path / "cache")
     assert not list((tmp_path / "cache").iterdir())
+
+
+def test_disk_that_fills_up_while_encoding_is_one_sentence(images, encode, tmp_path, monkeypatch):
+    def no_space(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", no_space)
+    with pytest.raises(ResourceError, match=r"No space left on device.*--cache_features ram"):
+        cached(images, encode, tmp_path / "cache")
+    assert encode.images == 1 + 7
+    assert not list((tmp_path / "cache").iterdir())
+
+
+def test_size_is_known_before_encoding(images, encode, tmp_path):
+    announced = bytes_per_image(56, encode) * len(images)
+    assert encode.images == 1
+    assert cached_count(images, IDENTITY, tmp_path) == 0
+    cached(images, encode, tmp_path)
+    (file,) = tmp_path.glob("*.npy")
+    assert announced == 7 * 2 * 16 * 32 * 2  # images, groups of blocks, patches, channels, bytes of float16
+    assert announced < file.stat().st_size <= announced + 128  # and numpy's header
+    assert cached_count(images, IDENTITY, tmp_path) == 7
+    assert cached_count(images, {**IDENTITY, "precision": "bf16"}, tmp_path) == 0
+
+
+def test_few_shot_variants_have_a_cache_of_their_own(images, encode, tmp_path, tiny_detector):
+    few = FewShotDataset(ImageDataset(images.records[:2], 64, 56))
+    plain = SimpleNamespace(**{name: getattr(few, name) for name in ("records", "input_size", "crop_size")}, identity={})
+    plain_file, few_file = (utils.feature_cache._path(data, IDENTITY, tmp_path) for data in (plain, few))
+    assert plain_file != few_file
+    data = cached(few, encode, tmp_path)
+    assert few_file.is_file()
+    assert len(data) == 44
+    for index in (0, 18, 43):
+        direct = tiny_detector.encode(few.image(index).unsqueeze(0))[0].half().float()
+        assert (data[index]["image"] - direct).abs().max() < 2e-3
+    assert data[43]["path"] == str(images.records[1].path)
+
+
+def test_a_loader_worker_is_sent_the_path_and_not_the_features(images, encode, tmp_path):
+    data = cached(images, encode, tmp_path)
+    message = pickle.dumps(data)
+    assert len(message) < data.features.rows.nbytes / 2
+    assert torch.equal(pickle.loads(message)[5]["image"], data[5]["image"])
+    with pytest.raises(ValueError, match="read-only"):
+        data.features[0][:] = 0

@@ -8,6 +8,8 @@ import pytest
 import torch
 from scipy import special
 
+from binarize.linear import BinarizationOptions
+from binarize.stages import binarize
 from models.build import build_inp_former
 from models.losses import prototype_coherence_loss
 
@@ -171,6 +173,43 @@ def test_anomaly_map_follows_its_formula(random_detector, tokens):
         np.testing.assert_allclose(maps[image].numpy(), (groups[0] + groups[1]) / 2, atol=1e-5)
 
 
+@pytest.mark.parametrize("tokens", [16, 25])
+def test_prototype_map_follows_its_formula(random_detector, tokens):
+    features, state = random_features(2, tokens), numpy_state(random_detector)
+    maps = random_detector.prototype_map(features)
+    grid = math.isqrt(tokens)
+    assert maps.shape == (2, grid * PATCH, grid * PATCH)
+    assert maps.dtype == torch.float32
+    assert not maps.requires_grad
+    for image in range(2):
+        fused = features[image].numpy().mean(axis=0)
+        prototypes = slow_extractor(state, "aggregation.0", state["prototype_token"], fused)
+        nearest = [min(slow_distance(token, prototype) for prototype in prototypes) for token in fused]
+        expected = slow_enlarge(np.array(nearest).reshape(grid, grid), grid * PATCH)
+        np.testing.assert_allclose(maps[image].numpy(), expected, atol=1e-5)
+
+
+def test_prototype_map_is_the_same_whatever_the_decoder(random_detector):
+    random_detector.float()
+    features = random_features().float()
+    prototype_map, anomaly_map = random_detector.prototype_map(features), random_detector.anomaly_map(features)
+    binarize(random_detector, 2, BinarizationOptions())
+    assert not torch.equal(random_detector.anomaly_map(features), anomaly_map)
+    assert torch.equal(random_detector.prototype_map(features), prototype_map)
+    with torch.no_grad():
+        for part in (random_detector.decoder, random_detector.bottleneck):
+            for parameter in part.parameters():
+                parameter.fill_(math.nan)
+    assert torch.equal(random_detector.prototype_map(features), prototype_map)
+
+
+def test_prototype_map_of_images_is_that_of_their_features(tiny_detector):
+    images = torch.randn(2, 3, 56, 56, generator=torch.Generator().manual_seed(0))
+    features = tiny_detector.encode(images)
+    assert tiny_detector.prototype_map(images).shape == (2, 56, 56)
+    assert torch.equal(tiny_detector.prototype_map(images), tiny_detector.prototype_map(features))
+
+
 def test_training_loss_is_the_mean_of_two_global_cosines_plus_a_fifth_of_the_coherence(random_detector):
     features, state = random_features(3), numpy_state(random_detector)
     loss, parts = random_detector.float().training_loss(features.float())
@@ -322,8 +361,10 @@ def test_the_prototype_count_is_free(tiny_encoder):
     assert prototypes.shape == (2, 11, DIM)
 
 
-def test_losses_are_float32_under_mixed_precision(tiny_detector):
+def test_losses_and_prototype_map_are_float32_under_mixed_precision(tiny_detector):
     features = random_features().float()
     with torch.autocast("cpu", torch.bfloat16):
         loss, parts = tiny_detector.training_loss(features)
+        prototype_map = tiny_detector.prototype_map(features)
     assert {loss.dtype} | {part.dtype for part in parts.values()} == {torch.float32}
+    assert prototype_map.dtype == torch.float32

@@ -17,14 +17,15 @@ import scripts.predict
 import utils.prediction
 import utils.result_files
 from common.errors import NumericError, UserError
-from datasets.mvtec import test_records as records_of_test_images
+from datasets.catalog import LAYOUTS, ListingOptions
 from datasets.records import ImageDataset
 from datasets.transforms import IMAGENET_MEAN, IMAGENET_STD
 from tests.miniature import save, texture
 from tests.test_evaluation import FirstChannel
-from utils.evaluation import EvaluationOptions, evaluate
+from utils.evaluation import evaluate
 from utils.pictures import heat_overlay, outline_level, sixteen_bit_map, sixteen_bit_range, with_verdict
 from utils.prediction import Predictor, find_images, placed_map
+from utils.protocol import EvaluationOptions
 
 CALIBRATION = {"map_median": 0.1, "map_limit": 0.3}  # heat map: 0 at 0.1, half (and outline) at 0.4, full at 0.7
 UNREADABLE = {"empty.png": b"", "text.png": b"this is no image", "cut.png": None}
@@ -121,7 +122,7 @@ def test_map_of_a_ramp_is_the_ramp():
 
 @pytest.mark.parametrize("batch_size", [1, 4])
 def test_scores_and_maps_are_those_of_the_evaluation(tiny_detector, predictor, mvtec, batch_size):
-    records = records_of_test_images(mvtec, "bottle", truth_optional=False, allow_missing_masks=False)
+    records = LAYOUTS["MVTec-AD"].test(mvtec, "bottle", ListingOptions())
     data = ImageDataset(records, 64, 56)
     evaluation = evaluate(tiny_detector, data, EvaluationOptions(), batch_size, 0, "fp32", "bottle")
     paths = [record.path for record in records]

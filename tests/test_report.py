@@ -8,11 +8,12 @@ import pytest
 from PIL import Image
 
 from common.errors import UserError
+from datasets.catalog import ListingOptions
 from tests.miniature import save
 from utils.evaluation import Evaluation
 from utils.metrics import METRIC_NAMES
 from utils.pictures import heat_map, outline, outline_level, pick_worst_and_best, write_contact_sheet
-from utils.report import format_results
+from utils.report import format_results, write_run_report
 from utils.result_files import MetricsLog, read_metrics, read_results, write_results, write_scores
 from utils.settings import DataOptions
 
@@ -111,6 +112,24 @@ def test_contact_sheet_of_few_images_without_masks(tmp_path):
     path = save(tmp_path / "gut\nteil.png", np.full((30, 50, 3), 80, np.uint8))
     maps = np.full((1, 256, 256), 0.2, np.float32)
     evaluation = Evaluation([str(path)], np.array([1]), np.array([0.2]), maps, maps > 9, np.array([False]))
-    data = DataOptions("Folder", None, None, 64, 56, 10**6, False, False)
+    data = DataOptions("Folder", None, None, ListingOptions(), None, 64, 56, 10**6, False, "off")
     write_contact_sheet(tmp_path / "maps" / "sheet.jpg", evaluation, CALIBRATION, data)
     assert Image.open(tmp_path / "maps" / "sheet.jpg").size[0] > 1000
+
+
+def test_report_of_one_model_shows_its_loss_once_and_every_category_of_every_data_set(tmp_path):
+    rows = {"MVTec-AD/bottle": row(I_AUROC=1.0), "MVTec-AD/cable": row(I_AUROC=0.5), "VisA/candle": row(I_AUROC=0.6)}
+    flags = ("--dataset", "MVTec-AD+VisA", "--data_path", "one", "two")
+    folder = make_run(tmp_path, {**rows, "VisA/cashew": {**row(), "AU-sPRO": 0.25}}, *flags, setting="multi")
+    log = MetricsLog(folder / "metrics.jsonl", "multi")
+    for iteration in (10, 20):
+        log.training(iteration, 1.0 / iteration, 1e-3, 0.1, {})
+    write_scores(folder / "VisA" / "candle" / "scores.csv", [("a", "VisA/candle", 0, 0.1), ("b", "VisA/candle", 1, 0.3)])
+    write_run_report(folder)
+    page = (folder / "report.html").read_text()
+    assert page.count("training loss by iteration") == page.count("training loss by iteration: multi") == 1
+    assert page.count("test images by score") == 1
+    assert page.index("<h2>VisA/candle</h2>") < page.index("test images by score") < page.index("<h2>VisA/cashew</h2>")
+    cells = {name: re.search(rf"<tr><td>{name}</td>(.*?)</tr>", page)[1] for name in ("Mean MVTec-AD", "Mean VisA", "Mean")}
+    assert [re.findall(r"<td>([^<]*)</td>", text)[0] for text in cells.values()] == ["75.00", "60.00", "70.00"]
+    assert re.findall(r"<td>([^<]*)</td>", cells["Mean VisA"])[-1] == "25.00"

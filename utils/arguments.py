@@ -5,16 +5,18 @@ import difflib
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
 import yaml
 
 from binarize.stages import STAGES
 from common.errors import UserError
-from datasets.catalog import LAYOUTS
+from datasets.catalog import LAYOUTS, ListingOptions
 from datasets.images import DEFAULT_MAX_PIXELS
 from models.build import ENCODERS
 from utils.loading import default_worker_count
 from utils.optim import DEFAULT_WARMUP
+from utils.protocol import Scoring
 
 
 def number(kind: type, low: float, high: float = math.inf):
@@ -31,14 +33,33 @@ def number(kind: type, low: float, high: float = math.inf):
     return convert
 
 
-def base_parser(doc: str, save_name: str) -> argparse.ArgumentParser:
-    """The flags that every training script shares; `doc` is the script's docstring."""
+def dataset_names(text: str) -> str:
+    """A converter for argparse: one known data set, or several joined with +."""
+    for name in text.split("+"):
+        if name not in LAYOUTS:
+            near = difflib.get_close_matches(name, LAYOUTS, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"choose from {' '.join(LAYOUTS)}"
+            raise argparse.ArgumentTypeError(f"{name!r} is no data set; {hint}")
+    return text
+
+
+def base_parser(doc: str, host: str, settings: Sequence[str]) -> argparse.ArgumentParser:
+    """The flags that every training script shares.
+
+    Args:
+        doc: the script's docstring.
+        host: host network, for default save names.
+        settings: `single`, `multi` and `few` as far as the script offers them, the default first.
+    """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--config", metavar="FILE.yaml", help="defaults by flag name; the command line wins")
     parser.add_argument("--phase", choices=["train", "test"], default="train", help="test: evaluate model.pth, train nothing")
 
     data = parser.add_argument_group("data")
+    data.add_argument("--setting", choices=settings, default=settings[0], help="one model per category, one of all, few images")
     add_data_arguments(data)
+    if "few" in settings:
+        add_few_shot_arguments(data)
     data.add_argument("--input_size", type=number(int, 1), default=448, help="images are resized to this square")
     data.add_argument("--crop_size", type=number(int, 1), default=392, help="then cropped to this one, a multiple of the patch")
     data.add_argument(
@@ -113,6 +134,9 @@ def base_parser(doc: str, save_name: str) -> argparse.ArgumentParser:
     training.add_argument(
         "--cache_features", choices=["auto", "off", "ram", "disk"], default="auto", help="encode every image only once"
     )
+    training.add_argument(
+        "--cache_images", choices=["off", "disk"], default="off", help="decode and resize every image only once"
+    )
 
     evaluation = parser.add_argument_group("evaluation")
     evaluation.add_argument(
@@ -132,24 +156,52 @@ def base_parser(doc: str, save_name: str) -> argparse.ArgumentParser:
     evaluation.add_argument(
         "--pro_mode", choices=["exact", "dinomaly"], default="exact", help="dinomaly: 200 thresholds, for old tables"
     )
+    evaluation.add_argument(
+        "--scoring",
+        choices=get_args(Scoring),
+        default="reconstruction",
+        help="test phase: prototype scores by the distance to the image's own nearest prototype, without the decoder",
+    )
+    evaluation.add_argument(
+        "--test_checkpoint",
+        metavar="FILE",
+        help="test phase: evaluate this model.pth, trained on whatever data, instead of the run's own (zero-shot)",
+    )
+    evaluation.add_argument(
+        "--metrics_memory",
+        type=number(float, 1e-3),
+        metavar="GB",
+        help="for a category's pixel metrics, beyond it from bins with a stated error (default: half of what is free)",
+    )
 
     output = parser.add_argument_group("output")
     output.add_argument("--save_dir", default="./saved_results")
-    output.add_argument("--save_name", help=f"default {save_name}, with -FP for stage 0 and -CLB2 for stage 2")
+    output.add_argument("--save_name", help=f"default {host} and the setting, with -FP for stage 0 and -CLB2 for stage 2")
     output.add_argument("--resume", action="store_true", help="skip finished categories, go on from last.pth")
     output.add_argument("--overwrite", action="store_true", help="delete what an earlier run left in this run folder")
     output.add_argument("--save_every", type=number(int, 1), default=500, metavar="ITERATIONS", help="between two last.pth")
     output.add_argument("--quiet", action="store_true", help="warnings only")
     output.add_argument("--debug", action="store_true", help="show tracebacks")
-    parser.set_defaults(default_save_name=save_name)
+    parser.set_defaults(host=host)
     return parser
 
 
 def add_data_arguments(group) -> None:
     """The flags that say which images; also used by the tools that only look at data."""
-    group.add_argument("--dataset", choices=list(LAYOUTS), default="MVTec-AD")
-    group.add_argument("--data_path", metavar="FOLDER", help="root of the data set (ELPV: default is the installed package)")
+    group.add_argument(
+        "--dataset",
+        type=dataset_names,
+        default="MVTec-AD",
+        metavar="NAME",
+        help=f"{' '.join(LAYOUTS)}, or several joined with +",
+    )
+    group.add_argument(
+        "--data_path", nargs="+", metavar="FOLDER", help="root of each data set (ELPV: default is the installed package)"
+    )
     group.add_argument("--item", nargs="+", metavar="CATEGORY", help="default: all categories of the data set")
+    group.add_argument(
+        "--realiad_json", default=ListingOptions().realiad_json, metavar="NAME", help="json folder of Real-IAD: its split"
+    )
     group.add_argument("--max_pixels", type=number(int, 1), default=DEFAULT_MAX_PIXELS, help="refuse larger images")
     group.add_argument(
         "--allow_missing_masks",
@@ -157,6 +209,22 @@ def add_data_arguments(group) -> None:
         default=False,
         help="pixel metrics on the images that have masks",
     )
+
+
+def add_few_shot_arguments(group) -> None:
+    """The flags of the few-shot setting."""
+    group.add_argument("--shot", type=number(int, 1), default=4, metavar="K", help="training images per category")
+    group.add_argument(
+        "--per_category",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="few-shot: a model per category instead of one for all",
+    )
+
+
+def listing_options(arguments: argparse.Namespace) -> ListingOptions:
+    """How to read the data set, from the flags of `add_data_arguments`."""
+    return ListingOptions(arguments.allow_missing_masks, arguments.realiad_json)
 
 
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:

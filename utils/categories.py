@@ -1,11 +1,12 @@
-"""The records of the wanted categories, checked before any work begins."""
+"""The records of the wanted categories, checked before any work begins, and which of them one model is trained on."""
 
 import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-from datasets.catalog import LAYOUTS, choose_items, data_root
+from datasets.catalog import DataSource, choose_items, data_sources, label_of
 from datasets.check import shared_images, undecodable
+from datasets.few_shot import VARIANTS_PER_IMAGE, choose_shots
 from datasets.records import Record, check_mask_sizes
 from utils.settings import Settings
 
@@ -17,26 +18,77 @@ class CategoryData:
     """Records of one category; bad ones are already left out, images shared by training and test are only listed."""
 
     item: str
+    source: DataSource
     train: list[Record]
     test: list[Record]
     bad: list[tuple[Record, str]]
     shared: list[tuple[Path, Path]]
 
+    def chosen_files(self) -> list[str]:
+        """Training images, relative to the root of the data set."""
+        root = self.source.root
+        bases = (root, root.resolve())  # some layouts list resolved paths
+        return [
+            next((path.relative_to(base) for base in bases if path.is_relative_to(base)), path).as_posix()
+            for path in (record.path for record in self.train)
+        ]
+
+
+@dataclass(frozen=True)
+class ModelData:
+    """What one model is trained on and tested on: one category, or all of them under the name of the setting."""
+
+    name: str
+    categories: list[CategoryData]
+    one_of_many: bool
+    variants: int
+
+    def folder(self, run: Path) -> Path:
+        """Where `model.pth` lies."""
+        return run / self.name if self.one_of_many else run
+
+    @property
+    def items(self) -> list[str]:
+        """Names of the categories."""
+        return [category.item for category in self.categories]
+
+    @property
+    def training_count(self) -> int:
+        """Training images, in few-shot with all their variants."""
+        return self.variants * sum(len(category.train) for category in self.categories)
+
 
 def list_data(settings: Settings) -> list[CategoryData]:
     """Records of all wanted categories, checked as far as that is cheap, so that errors come before any training."""
     options = settings.data
-    root, layout = data_root(options.dataset, options.path), LAYOUTS[options.dataset]
+    sources = data_sources(options.dataset, options.paths)
     categories = []
-    for item in choose_items(options.dataset, root, options.items):
-        train = layout.train(root, item) if settings.phase == "train" else []
-        test = layout.test(root, item, options.allow_missing_masks)
+    for source, name in choose_items(sources, options.items):
+        layout, item = source.layout, label_of(sources, source, name)
+        train = layout.train(source.root, name, options.listing) if settings.phase == "train" else []
+        test = layout.test(source.root, name, options.listing)
         bad = undecodable([*train, *test], options.max_pixels) if options.skip_bad_images else []
         skipped = {record for record, _ in bad}
         train, test = ([record for record in part if record not in skipped] for part in (train, test))
+        if options.shot is not None and settings.phase == "train":
+            train = choose_shots(train, options.shot, settings.training.seed, name)
         check_mask_sizes(test, options.max_pixels)
-        categories.append(CategoryData(item, train, test, bad, shared_images(train, test)))
+        categories.append(CategoryData(item, source, train, test, bad, shared_images(train, test)))
     return categories
+
+
+def all_items(settings: Settings) -> list[str]:
+    """Names of all categories of the data sets, in their order, wanted or not."""
+    sources = data_sources(settings.data.dataset, settings.data.paths)
+    return [label_of(sources, source, name) for source, name in choose_items(sources, None)]
+
+
+def models_of(settings: Settings, categories: list[CategoryData]) -> list[ModelData]:
+    """The models of this setting: one for all categories, or one for each."""
+    variants = 1 if settings.data.shot is None else VARIANTS_PER_IMAGE
+    if settings.one_model:
+        return [ModelData(settings.config["setting"], categories, one_of_many=False, variants=variants)]
+    return [ModelData(category.item, [category], one_of_many=True, variants=variants) for category in categories]
 
 
 def log_data(category: CategoryData) -> None:

@@ -13,6 +13,7 @@ from common.errors import UserError
 from models.build import build_encoder, build_inp_former
 from models.detector import Detector
 from models.encoder import FrozenEncoder
+from utils.categories import ModelData
 from utils.checkpoint import load_checkpoint
 from utils.settings import ModelOptions, Settings
 
@@ -30,38 +31,34 @@ class Host:
 INP_FORMER = Host("INP-Former", build_inp_former)
 HOSTS = {host.name: host for host in (INP_FORMER,)}
 
-# What a checkpoint and the command that reads it must agree on; the last four only once a stage is binary.
-_SHARED_KEYS = (
-    "host",
-    "dataset",
-    "item",
-    "encoder",
-    "encoder_sha256",
-    "pos_embed",
-    "input_size",
-    "crop_size",
-    "INP_num",
-)
+# What a checkpoint and the command that reads it must agree on: the network, the data it is for, and once binary, the bits.
+_NETWORK_KEYS = ("host", "encoder", "encoder_sha256", "pos_embed", "input_size", "crop_size", "INP_num")
+_DATA_KEYS = ("dataset", "item", "items", "chosen_files")
 _BINARY_KEYS = ("act_bits", "sab", "weight_gradient", "activation_gradient")
 
 
-def description(settings: Settings, item: str, encoder: FrozenEncoder, host: str) -> dict:
+def description(settings: Settings, model: ModelData, encoder: FrozenEncoder, host: str) -> dict:
     """What a checkpoint says about its model."""
-    return {
+    content = {
         "host": host,
-        "item": item,
+        "item": model.name,
         "stage": settings.model.stage,
         "encoder": encoder.name,
         "encoder_sha256": encoder.weights_sha256,
         "config": settings.identity,
     }
+    if settings.phase == "train" and not model.one_of_many:
+        content["items"] = model.items
+    if settings.phase == "train" and settings.data.shot is not None:
+        content["chosen_files"] = {category.item: category.chosen_files() for category in model.categories}
+    return content
 
 
-def checkpoint_path(settings: Settings, reference: str, item: str) -> Path:
-    """The file meant by `NAME|FILE`: an existing file, else the model of this category in the run of that save_name."""
+def checkpoint_path(settings: Settings, reference: str, model: ModelData) -> Path:
+    """The file meant by `NAME|FILE`: an existing file, else this model in the run of that save_name."""
     if Path(reference).is_file():
         return Path(reference)
-    path = settings.run_path_of(reference) / item / "model.pth"
+    path = model.folder(settings.run_path_of(reference)) / "model.pth"
     if not path.is_file():
         raise UserError(
             f"no model for {reference!r}: neither a file of that name nor {str(path)!r} exists; train that stage first "
@@ -70,8 +67,8 @@ def checkpoint_path(settings: Settings, reference: str, item: str) -> Path:
     return path
 
 
-def open_checkpoint(path: Path, expected: dict, stages: tuple[int, ...], purpose: str) -> dict:
-    """Read a checkpoint and compare it with what the command expects.
+def open_checkpoint(path: Path, expected: dict, stages: tuple[int, ...], purpose: str, same_data: bool = True) -> dict:
+    """Read a checkpoint and compare it with what the command expects; without `same_data` it may be for other categories.
 
     Raises:
         UserError: damaged, of another stage than `stages`, or of another model; shows expected and found.
@@ -82,10 +79,15 @@ def open_checkpoint(path: Path, expected: dict, stages: tuple[int, ...], purpose
         raise UserError(
             f"wrong stage: {purpose} needs a model of CLB stage {wanted}, {str(path)!r} is of stage {content['stage']}"
         )
-    keys = _SHARED_KEYS + (_BINARY_KEYS if content["stage"] > 0 and expected["stage"] > 0 else ())
+    keys = _NETWORK_KEYS + (_DATA_KEYS if same_data else ())
+    keys += _BINARY_KEYS if content["stage"] > 0 and expected["stage"] > 0 else ()
     found, wanted = ({**description_["config"], **description_} for description_ in (content, expected))
+    differing = [key for key in keys if key in wanted and found.get(key) != wanted[key]]
     differences = [
-        f"{key}: expected {wanted[key]!r}, found {found.get(key)!r}" for key in keys if found.get(key) != wanted[key]
+        "chosen_files: other few-shot images, see --shot and --seed"
+        if key == "chosen_files"
+        else f"{key}: expected {wanted[key]!r}, found {found.get(key)!r}"
+        for key in differing
     ]
     if differences:
         raise UserError(f"wrong model: {str(path)!r} does not fit this command; {'; '.join(differences)}")
@@ -125,39 +127,35 @@ def load_detector(path: Path, encoder_weights: str | None) -> tuple[Detector, di
     return restore_detector(content, path, encoder, HOSTS[content["host"]]).eval(), content
 
 
-def start_detector(settings: Settings, expected: dict, encoder: FrozenEncoder, host: Host, device: torch.device) -> Detector:
+def start_detector(settings: Settings, model: ModelData, encoder: FrozenEncoder, host: Host, device: torch.device) -> Detector:
     """A detector ready to be trained at the wanted stage: fresh, or from the stage before; with its teacher, if any."""
-    options, item = settings.model, expected["item"]
+    options, expected = settings.model, description(settings, model, encoder, host.name)
     if options.load_checkpoint is None:
         detector = host.build(encoder, options.prototype_count)
     else:
-        path = checkpoint_path(settings, options.load_checkpoint, item)
+        path = checkpoint_path(settings, options.load_checkpoint, model)
         content = open_checkpoint(path, expected, (options.stage - 1,), f"--clb_stage {options.stage}")
         detector = restore_detector(content, path, encoder, host)
-        logger.info("%s: starts from %s (stage %d)", item, path, content["stage"])
+        logger.info("%s: starts from %s (stage %d)", model.name, path, content["stage"])
     binarize(detector, options.stage, options.binarization)
     detector.to(device)
     if options.distillation_weight:
-        _set_teacher(detector, settings, expected, encoder, host)
+        path = checkpoint_path(settings, _teacher_reference(options), model)
+        content = open_checkpoint(path, expected, (0,), "--distill")
+        detector.distil_from(restore_detector(content, path, encoder, host).to(device), options.distillation_weight)
+        logger.info("%s: distils from %s", model.name, path)
     return detector
-
-
-def _set_teacher(detector: Detector, settings: Settings, expected: dict, encoder: FrozenEncoder, host: Host) -> None:
-    path = checkpoint_path(settings, _teacher_reference(settings.model), expected["item"])
-    content = open_checkpoint(path, expected, (0,), "--distill")
-    detector.distil_from(restore_detector(content, path, encoder, host).to(detector.device), settings.model.distillation_weight)
-    logger.info("%s: distils from %s", expected["item"], path)
 
 
 def _teacher_reference(options: ModelOptions) -> str:
     return options.distillation_teacher or options.load_checkpoint
 
 
-def check_referenced_checkpoints(settings: Settings, expected: dict) -> None:
-    """Open all models that a training of this category starts from; raises UserError as `open_checkpoint` does."""
-    options, item = settings.model, expected["item"]
+def check_referenced_checkpoints(settings: Settings, model: ModelData, encoder: FrozenEncoder, host: Host) -> None:
+    """Open all models that this training starts from; raises UserError as `open_checkpoint` does."""
+    options, expected = settings.model, description(settings, model, encoder, host.name)
     if options.load_checkpoint:
-        path = checkpoint_path(settings, options.load_checkpoint, item)
+        path = checkpoint_path(settings, options.load_checkpoint, model)
         open_checkpoint(path, expected, (options.stage - 1,), f"--clb_stage {options.stage}")
     if options.distillation_weight:
-        open_checkpoint(checkpoint_path(settings, _teacher_reference(options), item), expected, (0,), "--distill")
+        open_checkpoint(checkpoint_path(settings, _teacher_reference(options), model), expected, (0,), "--distill")

@@ -8,20 +8,45 @@ import numpy as np
 import torch
 
 from common.errors import UserError
+from utils.distributed import local_rank, processes_on_this_machine
 
 logger = logging.getLogger(__name__)
 
 
 def choose_device(name: str) -> torch.device:
-    """The device of `--device`: cpu, cuda, cuda:i, or auto; raises UserError with the list of devices if it is absent."""
-    if name == "auto":
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        logger.info("device: %s (--device auto)", device)
-        return device
-    available = ["cpu"] + [f"cuda:{index}" for index in range(torch.cuda.device_count())]
-    if name != "cpu" and ((name == "cuda" and len(available) == 1) or (name != "cuda" and name not in available)):
+    """The device of `--device`: cpu, cuda, cuda:i, or auto; under torchrun each process has a GPU of its own.
+
+    Raises:
+        UserError: there is no such device, or there are fewer GPUs than processes.
+    """
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    available = ["cpu", *(f"cuda:{index}" for index in range(count))]
+    if name not in ("auto", "cuda", *available) or (name == "cuda" and not count):
         raise UserError(f"--device {name!r} is not available here; choose from auto {' '.join(available)}")
-    return torch.device(name)
+    if name == "cpu" or not count:
+        device = torch.device("cpu")
+    elif processes_on_this_machine() > 1:
+        device = _gpu_of_process(name, count)
+    else:
+        device = torch.device("cuda" if name == "auto" else name)
+    if device.index is not None:
+        torch.cuda.set_device(device)  # what NCCL and the random state refer to
+    if name == "auto":
+        logger.info("device: %s (--device auto)", device)
+    return device
+
+
+def _gpu_of_process(name: str, count: int) -> torch.device:
+    """The GPU that has this process's number on its machine."""
+    processes = processes_on_this_machine()
+    if name not in ("auto", "cuda"):
+        raise UserError(f"--device {name} is one GPU for {processes} processes, each needs its own; give --device cuda")
+    if processes > count:
+        raise UserError(
+            f"{processes} processes but {count} GPUs on this machine; start torchrun with --nproc_per_node {count}, or give "
+            "--device cpu"
+        )
+    return torch.device("cuda", local_rank())
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
@@ -42,13 +67,13 @@ def seed_everything(seed: int) -> None:
 
 
 def random_state() -> dict:
-    """All random states as plain tensors and types."""
+    """Random states of this process and its current device, as plain tensors and types."""
     _, keys, position, has_gauss, gauss = np.random.get_state()
     return {
         "python": random.getstate(),
         "numpy": [torch.from_numpy(keys.astype(np.int64)), position, has_gauss, gauss],
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda": [torch.cuda.get_rng_state()] if torch.cuda.is_available() else [],
     }
 
 
@@ -60,4 +85,4 @@ def restore_random_state(state: dict) -> None:
     np.random.set_state(("MT19937", keys.numpy().astype(np.uint32), position, has_gauss, cached))
     torch.set_rng_state(state["torch"])
     if state["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"][: torch.cuda.device_count()])
+        torch.cuda.set_rng_state(state["cuda"][0])

@@ -1,60 +1,36 @@
-"""From a trained detector to scores: the papers' evaluation protocol, step by step."""
+"""From a trained detector to scores, kept whole for a few images or measured as they come."""
 
 import logging
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass, fields
+from itertools import islice
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 from tqdm import tqdm
 
 from binarize.stages import mean_gate
-from common.errors import NumericError
+from common.errors import CommandError, NumericError, UserError
+from datasets.catalog import Layout
 from models.detector import Detector
 from utils.devices import autocast
+from utils.distributed import gather_to_main, is_main, rank, world_size
+from utils.feature_cache import FeatureDataset
 from utils.loading import loaded_batches
+from utils.measurement import Measurement, collector, mean_of_gates, measurement_of, raise_first
 from utils.metrics import Metrics, ProMode, compute_metrics
+from utils.pixel_scores import PixelScores
+from utils.protocol import METRIC_SIZE, EvaluationOptions, Scoring, binary_mask, image_score, regions_on_grid, smoothed_map
 
 logger = logging.getLogger(__name__)
-
-METRIC_SIZE = 256
-
-
-@dataclass(frozen=True)
-class EvaluationOptions:
-    """The protocol: every number that changes a metric (INP-Former's values are the defaults)."""
-
-    mask_threshold: float = 0.5
-    smoothing_kernel: int = 5
-    smoothing_sigma: float = 4.0
-    max_ratio: float = 0.01
-    pro_mode: ProMode = "exact"
-
-    @classmethod
-    def from_config(cls, config: dict) -> "EvaluationOptions":
-        """The protocol of a stored configuration."""
-        return cls(**{field.name: config[field.name] for field in fields(cls)})
-
-    def describe(self) -> str:
-        """The protocol in one line."""
-        smoothing = (
-            f"Gaussian {self.smoothing_kernel}x{self.smoothing_kernel}, sigma {self.smoothing_sigma:g}"
-            if self.smoothing_kernel
-            else "none"
-        )
-        top = f"mean of the top {self.max_ratio:.1%} of pixels" if self.max_ratio else "maximum pixel"
-        pro = "exact up to FPR 0.3" if self.pro_mode == "exact" else "Dinomaly's 200 thresholds (biased low)"
-        return (
-            f"maps at {METRIC_SIZE}x{METRIC_SIZE}; smoothing: {smoothing}; image score: {top}; "
-            f"mask: > {self.mask_threshold:g}; AUPRO: {pro}; P-AP: exact, step-wise"
-        )
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Scores of one category's images.
+    """Scores of some images: of a batch, or of a whole set that is small enough to keep its maps.
 
     Attributes:
         paths, labels, scores: per image.
@@ -74,36 +50,59 @@ class Evaluation:
         """The seven metrics."""
         return compute_metrics(self.scores, self.labels, self.maps, self.masks, self.has_pixel_truth, pro_mode)
 
-
-def gaussian_kernel(size: int, sigma: float) -> Tensor:
-    """(1, 1, size, size), sum 1."""
-    offsets = torch.arange(size, dtype=torch.float32) - (size - 1) / 2
-    line = torch.exp(-(offsets**2) / (2 * sigma**2))
-    kernel = torch.outer(line, line)
-    return (kernel / kernel.sum())[None, None]
+    def part(self, images: slice) -> "Evaluation":
+        """Some of the images; the mean gate stays that of all."""
+        parts = (values[images] for values in _columns(self))
+        return Evaluation(*parts, mean_gate=self.mean_gate)
 
 
-def smoothed_map(anomaly_map: Tensor, options: EvaluationOptions) -> Tensor:
-    """(B, H, W) -> (B, 256, 256): bilinear, then Gaussian with zero padding (which darkens the border, as published)."""
-    resized = F.interpolate(anomaly_map.unsqueeze(1), size=(METRIC_SIZE, METRIC_SIZE), mode="bilinear", align_corners=False)
-    if options.smoothing_kernel:
-        kernel = gaussian_kernel(options.smoothing_kernel, options.smoothing_sigma).to(resized)
-        resized = F.conv2d(resized, kernel, padding=options.smoothing_kernel // 2)
-    return resized.squeeze(1)
-
-
-def image_score(maps: Tensor, max_ratio: float) -> Tensor:
-    """(B, H, W) -> (B,): mean of the largest int(H W max_ratio) pixels, the maximum for 0."""
-    pixels = maps.flatten(1)
-    return pixels.topk(max(1, int(pixels.shape[1] * max_ratio)), dim=1).values.mean(dim=1)
-
-
-def binary_mask(mask: Tensor, threshold: float) -> Tensor:
-    """(B, 1, H, W) in 0..1 -> (B, 256, 256) bool: nearest neighbour, then > threshold."""
-    return F.interpolate(mask, size=(METRIC_SIZE, METRIC_SIZE), mode="nearest").squeeze(1) > threshold
+def _columns(evaluation: Evaluation) -> tuple:
+    return tuple(getattr(evaluation, field.name) for field in fields(Evaluation) if field.name != "mean_gate")
 
 
 @torch.no_grad()
+def scored_batches(
+    detector: Detector,
+    data: Dataset,
+    options: EvaluationOptions,
+    batch_size: int,
+    num_workers: int,
+    precision: str,
+    item: str,
+) -> Iterator[Evaluation]:
+    """Score all images of a data set, one batch at a time; close it if its end is not reached.
+
+    Raises:
+        NumericError: a map is not finite; names the image.
+        UserError: the detector cannot score as the options say.
+    """
+    if not len(data):
+        return
+    detector.eval()
+    map_of = _scoring_method(detector, options.scoring)
+    with loaded_batches(data, num_workers, batch_size=batch_size) as batches:
+        quiet = None if is_main() else True
+        for batch in tqdm(batches, total=-(-len(data) // batch_size), desc=f"evaluating {item}", unit="batch", disable=quiet):
+            with autocast(detector.device, precision):
+                anomaly_map = _map_in_memory(map_of, batch["image"].to(detector.device)).float()
+            smoothed = smoothed_map(anomaly_map, options)
+            score = image_score(smoothed, options.max_ratio)
+            for path, finite in zip(batch["path"], smoothed.isfinite().flatten(1).all(dim=1).tolist(), strict=True):
+                if not finite:
+                    raise NumericError(
+                        f"the anomaly map of {path!r} is not finite; the model is damaged or diverged, train it again"
+                    )
+            yield Evaluation(
+                paths=batch["path"],
+                labels=batch["label"].numpy(),
+                scores=score.cpu().numpy(),
+                maps=smoothed.cpu().numpy(),
+                masks=binary_mask(batch["mask"], options.mask_threshold).numpy(),
+                has_pixel_truth=batch["has_pixel_truth"].numpy(),
+                mean_gate=mean_gate(detector) if options.scoring == "reconstruction" else None,
+            )
+
+
 def evaluate(
     detector: Detector,
     data: Dataset,
@@ -113,53 +112,114 @@ def evaluate(
     precision: str,
     item: str,
 ) -> Evaluation:
-    """Score all images of a data set; raises NumericError naming the image whose map is not finite."""
-    detector.eval()
-    if len(data) == 0:
-        nothing = np.empty((0, METRIC_SIZE, METRIC_SIZE), np.float32)
-        return Evaluation([], np.empty(0, int), np.empty(0), nothing, nothing.astype(bool), np.empty(0, bool))
-    paths, labels, scores, maps, masks, truth, gates = [], [], [], [], [], [], []
-    with loaded_batches(data, num_workers, batch_size=batch_size) as batches:
-        for batch in tqdm(batches, total=-(-len(data) // batch_size), desc=f"evaluating {item}", unit="batch", disable=None):
-            with autocast(detector.device, precision):
-                anomaly_map = _map_in_memory(detector, batch["image"].to(detector.device)).float()
-            smoothed = smoothed_map(anomaly_map, options)
-            score = image_score(smoothed, options.max_ratio)
-            for path, finite in zip(batch["path"], smoothed.isfinite().flatten(1).all(dim=1).tolist(), strict=True):
-                if not finite:
-                    raise NumericError(
-                        f"the anomaly map of {path!r} is not finite; the model is damaged or diverged, train it again"
-                    )
-            paths += batch["path"]
-            labels.append(batch["label"].numpy())
-            scores.append(score.cpu().numpy())
-            maps.append(smoothed.cpu().numpy())
-            masks.append(binary_mask(batch["mask"], options.mask_threshold).numpy())
-            truth.append(batch["has_pixel_truth"].numpy())
-            gates += [mean_gate(detector)] * len(batch["path"])
-    arrays = (np.concatenate(part) for part in (labels, scores, maps, masks, truth))
-    return Evaluation(paths, *arrays, mean_gate=None if None in gates else sum(gates) / len(gates))
+    """Score all images of a data set and keep all maps, 0.3 MB per image; raises as `scored_batches`."""
+    nothing = np.empty((0, METRIC_SIZE, METRIC_SIZE), np.float32)
+    empty = Evaluation([], np.empty(0, int), np.empty(0, np.float32), nothing, nothing.astype(bool), np.empty(0, bool))
+    with closing(scored_batches(detector, data, options, batch_size, num_workers, precision, item)) as batches:
+        parts = [empty, *batches]
+    _, *arrays = zip(*map(_columns, parts), strict=True)
+    paths = [path for part in parts for path in part.paths]
+    gates = [part.mean_gate for part in parts for _ in part.paths]
+    return Evaluation(paths, *map(np.concatenate, arrays), mean_gate=mean_of_gates(gates))
 
 
-def _map_in_memory(detector: Detector, inputs: Tensor) -> Tensor:
+def _scoring_method(detector: Detector, scoring: Scoring) -> Callable[[Tensor], Tensor]:
+    if scoring == "reconstruction":
+        return detector.anomaly_map
+    if not hasattr(detector, "prototype_map"):
+        raise UserError(f"--scoring prototype: {type(detector).__name__} has no prototypes; give --scoring reconstruction")
+    return detector.prototype_map
+
+
+def _map_in_memory(map_of: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
     """Anomaly maps, in two halves when the device's memory does not suffice: each image's map is independent."""
     try:
-        return detector.anomaly_map(inputs)
+        return map_of(inputs)
     except torch.OutOfMemoryError:
         if len(inputs) == 1:
             raise
     logger.warning("out of device memory for %d images; halving the batch", len(inputs))
     torch.cuda.empty_cache()  # only after the handler, which holds on to the failed attempt's tensors
-    return torch.cat([_map_in_memory(detector, half) for half in inputs.chunk(2)])
+    return torch.cat([_map_in_memory(map_of, half) for half in inputs.chunk(2)])
 
 
-def calibrate_scale(evaluation: Evaluation) -> dict[str, float | list[float]]:
+def calibrate_scale(evaluation: Evaluation, quantile: float = 0.999) -> dict[str, float | list[float]]:
     """What normal looks like, from maps and scores of training images: the fixed scale of heat maps and thresholds.
 
-    `map_median` and `map_limit` (99.9 %) of all pixels; `scores` of all images, ascending.
+    `map_median` and `map_limit` (the quantile) of all pixels; `scores` of all images, ascending.
     """
     return {
         "map_median": float(np.median(evaluation.maps)),
-        "map_limit": float(np.quantile(evaluation.maps, 0.999)),
+        "map_limit": float(np.quantile(evaluation.maps, quantile)),
         "scores": sorted(map(float, evaluation.scores)),
     }
+
+
+def measure(
+    detector: Detector,
+    data: Dataset,
+    options: EvaluationOptions,
+    batch_size: int,
+    num_workers: int,
+    precision: str,
+    item: str,
+    metrics_memory: float | None,
+    layout: Layout,
+) -> Measurement | None:
+    """Score all images of a category and measure them without keeping maps.
+
+    Several processes share the batches, composed as for one process, and all must call this; the main one returns the same
+    measurement as one process alone would, the others None.
+
+    Args:
+        data: `ImageDataset` or `FeatureDataset`.
+        metrics_memory: GB for pixel metrics, beyond which they come from bins; None for half of what is available.
+
+    Raises:
+        NumericError: a map is not finite, on whatever process.
+        UserError: the detector cannot score as the options say, or Dinomaly's AUPRO needs more than `metrics_memory`.
+    """
+    own = _own_images(len(data), batch_size)
+    pixels = collector(data.records, len(own), metrics_memory, options.pro_mode, item)
+    columns, error = None, None
+    try:
+        with closing(scored_batches(detector, Subset(data, own), options, batch_size, num_workers, precision, item)) as batches:
+            columns = _collect(batches, pixels, data, own, options.mask_threshold, layout)
+    except CommandError as problem:
+        error = problem
+    raise_first(error)
+    pixels.gather()
+    gathered = [list(gather_to_main(values)) for values in columns]
+    if not is_main():
+        return None
+    return measurement_of(data.records, *map(np.concatenate, gathered), pixels, options.pro_mode, item, layout)
+
+
+def _own_images(count: int, batch_size: int) -> range:
+    """Images of this process: a contiguous share of the batches that one process would make."""
+    batches = -(-count // batch_size)
+    first, end = (batches * process // world_size() for process in (rank(), rank() + 1))
+    return range(first * batch_size, min(end * batch_size, count))
+
+
+def _collect(
+    batches: Iterator[Evaluation], pixels: PixelScores, data: Dataset, own: range, threshold: float, layout: Layout
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Put all maps into `pixels`; returns scores, gates (NaN without) and whether a known mask marks nothing, per image."""
+    images = data.images if isinstance(data, FeatureDataset) else data
+    scores, gates, empty = [np.empty(0, np.float32)], [], [np.empty(0, bool)]
+    records = iter(images.records[own.start : own.stop])
+    for batch in batches:
+        regions = None
+        if layout.defect_regions:
+            regions = [
+                regions_on_grid(
+                    layout.defect_regions(record, images.max_pixels), images.input_size, images.crop_size, threshold
+                )
+                for record in islice(records, len(batch.paths))
+            ]
+        pixels.add(batch.maps, batch.masks, batch.has_pixel_truth, regions)
+        scores.append(batch.scores)
+        gates += [np.nan if batch.mean_gate is None else batch.mean_gate] * len(batch.paths)
+        empty.append((batch.labels == 1) & batch.has_pixel_truth & ~batch.masks.any(axis=(1, 2)))
+    return np.concatenate(scores), np.array(gates, np.float64), np.concatenate(empty)

@@ -15,9 +15,10 @@ from models.detector import Detector
 from utils.agreement import compare_on_bits, packed_copy
 from utils.checkpoint import atomic_write, check_writable, load_checkpoint
 from utils.detectors import load_detector
-from utils.evaluation import EvaluationOptions, calibrate_scale, evaluate
+from utils.evaluation import calibrate_scale, evaluate
 from utils.onnx_export import export_onnx
 from utils.packed_model import PackingOptions, describe, packed_bytes
+from utils.protocol import EvaluationOptions
 from utils.tables import format_rows
 
 logger = logging.getLogger(__name__)

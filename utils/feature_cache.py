@@ -4,36 +4,29 @@ Features are kept as float16, in RAM or in a memory-mapped file below `<save_dir
 runs find again. A file's name is the hash of all that determines its content.
 """
 
-import hashlib
-import json
 import logging
-import os
-import shutil
 import time
-import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
-from common.errors import ResourceError
-from datasets.records import ImageDataset
-from utils.loading import loaded_batches
+from utils.array_file import ArrayFile, Blocks, MappedArray, content_key, loaded_rows, open_array
+from utils.cache_plan import plan_cache, size_text
+from utils.distributed import on_main
 
 logger = logging.getLogger(__name__)
 
 _FORMAT = 1  # raise it when decoding, transforms or the stored numbers change
-_LARGEST_SHARE = 0.5  # of the free disk or memory that "auto" may take
 
 
 class FeatureDataset(Dataset):
     """The records of an image data set with encoded features in place of the image."""
 
-    def __init__(self, images: ImageDataset, features: np.ndarray | Tensor):
+    def __init__(self, images: Dataset, features: np.ndarray | MappedArray):
         self.images = images
         self.features = features
 
@@ -56,8 +49,18 @@ class FeatureDataset(Dataset):
         return {"image": self.image(index), **self.annotations(index)}
 
 
+def bytes_per_image(crop_size: int, encode: Callable[[Tensor], Tensor]) -> int:
+    """Bytes that one image's features take, from encoding a blank one."""
+    return 2 * int(np.prod(_row_shape(crop_size, encode)))
+
+
+def cached_count(images: Dataset, identity: dict, folder: Path) -> int:
+    """How many of the images have their features on disk: all or none."""
+    return len(images) if on_main(lambda: _is_complete(_path(images, identity, folder), len(images))) else 0
+
+
 def cache_features(
-    images: ImageDataset,
+    images: Dataset,
     encode: Callable[[Tensor], Tensor],
     identity: dict,
     mode: str,
@@ -65,131 +68,66 @@ def cache_features(
     batch_size: int,
     num_workers: int,
     description: str,
-) -> ImageDataset | FeatureDataset:
+) -> Dataset:
     """The same records with cached features, or `images` itself if the mode is "off" or nothing is large enough.
 
     Args:
+        images: `ImageDataset`, or what has its `records`, `image`, `annotations`, sizes and `identity`.
         encode: images (B, 3, H, W) on the CPU -> features on the CPU.
-        identity: what besides the files determines the features: weights' hash, taps, transform, precision.
-        mode: off, ram, disk, or auto (disk if it takes at most half of the free space, else RAM likewise, else off).
+        identity: what besides the images determines the features: weights' hash, taps, transform, precision.
+        mode: a place from `plan_cache`; or auto, to plan for these images alone.
     """
     if mode == "off" or not len(images):
         return images
-    path = folder / f"{_key(images, identity)}.npy"
-    found = _read(path, len(images)) if mode != "ram" and path.is_file() else None
-    if found is not None:
+    path = on_main(lambda: _path(images, identity, folder))
+    if mode != "ram" and on_main(lambda: _is_complete(path, len(images))):
         logger.info("feature cache: %s: %d images found in %s", description, len(images), path)
-        return FeatureDataset(images, found)
-    shape = (len(images), *encode(images.image(0).unsqueeze(0)).shape[1:])
-    size = 2 * int(np.prod(shape))
-    place = _choose_place(mode, size, folder)
+        return FeatureDataset(images, MappedArray(path))
+    file = ArrayFile(path, len(images), _row_shape(images.crop_size, encode), np.float16, "feature", "ram or off")
+    place = plan_cache({"train": file.count}, file.row_bytes, mode, folder)["train"] if mode == "auto" else mode
     if place == "off":
-        logger.warning(
-            "feature cache: %s needs %.1f GB, too much for disk and memory; encoding anew each time",
-            description,
-            size / 1e9,
-        )
         return images
     started = time.perf_counter()
+
+    def encoded(part: range) -> Generator[np.ndarray, None, None]:
+        for batch in loaded_rows(images.image, part, batch_size, num_workers, f"encoding {description}"):
+            yield encode(batch).to(torch.float16).numpy()
+
     if place == "ram":
-        features: np.ndarray = np.empty(shape, np.float16)
-        _fill(features, images, encode, batch_size, num_workers, description)
+        features: np.ndarray | MappedArray = _in_memory(file, encoded)
     else:
-        features = _fill_file(path, shape, images, encode, batch_size, num_workers, description)
+        file.make(encoded, batch_size)
+        features = MappedArray(path)
     seconds = time.perf_counter() - started
     logger.info(
-        "feature cache: %s: %d images encoded in %.1f s, %.1f MB in %s (float16); "
+        "feature cache: %s: %d images encoded in %.1f s, %s in %s (float16); "
         "every further pass over them skips the encoder (%.3f s per image)",
         description,
         len(images),
         seconds,
-        size / 1e6,
+        size_text(file.bytes),
         path if place == "disk" else "RAM",
         seconds / len(images),
     )
     return FeatureDataset(images, features)
 
 
-def _read(path: Path, count: int) -> np.ndarray | None:
-    """A complete cache file, or None for a damaged one."""
-    try:
-        features = np.load(path, mmap_mode="r")
-        if len(features) == count and features.dtype == np.float16:
-            return features
-    except (OSError, ValueError):
-        pass
-    logger.warning("feature cache: %s is damaged and is made anew", path)
-    return None
+def _row_shape(crop_size: int, encode: Callable[[Tensor], Tensor]) -> tuple[int, ...]:
+    return tuple(encode(torch.zeros(1, 3, crop_size, crop_size)).shape[1:])
 
 
-def _key(images: ImageDataset, identity: dict) -> str:
-    files = []
-    for record in images.records:
-        status = record.path.stat()
-        files.append((str(record.path.resolve()), status.st_size, status.st_mtime_ns))
-    content = {**identity, "format": _FORMAT, "input_size": images.input_size, "crop_size": images.crop_size, "files": files}
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
+def _path(images: Dataset, identity: dict, folder: Path) -> Path:
+    sizes = {"input_size": images.input_size, "crop_size": images.crop_size}
+    return folder / f"{content_key(images.records, {**identity, **images.identity, 'format': _FORMAT, **sizes})}.npy"
 
 
-def _choose_place(mode: str, size: int, folder: Path) -> str:
-    if mode != "auto":
-        return mode
-    existing = next(parent for parent in (folder, *folder.resolve().parents) if parent.is_dir())
-    if size <= _LARGEST_SHARE * shutil.disk_usage(existing).free:
-        return "disk"
-    if size <= _LARGEST_SHARE * os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
-        return "ram"
-    return "off"
+def _is_complete(path: Path, count: int) -> bool:
+    return open_array(path, count, np.float16, "feature") is not None
 
 
-def _fill(
-    features: np.ndarray, images: ImageDataset, encode: Callable, batch_size: int, num_workers: int, description: str
-) -> None:
-    done = 0
-    with (
-        loaded_batches(_ImagesAlone(images), num_workers, batch_size=batch_size) as batches,
-        tqdm(total=len(images), desc=f"encoding {description}", unit="image", disable=None) as bar,
-    ):
-        for batch in batches:
-            encoded = encode(batch).to(torch.float16).numpy()
-            features[done : done + len(encoded)] = encoded
-            done += len(encoded)
-            bar.update(len(encoded))
-
-
-def _fill_file(path: Path, shape: tuple[int, ...], *arguments) -> np.ndarray:
-    """Fill a temporary file and give it its name when complete, so that a name always means complete content."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        features = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float16, shape=shape)
-        _reserve(temporary)
-        _fill(features, *arguments)
-        features.flush()
-        os.replace(temporary, path)
-    except OSError as error:
-        raise ResourceError(
-            f"feature cache: cannot write {str(path)!r} ({error.strerror or error}); make room, or give "
-            "--cache_features ram or off"
-        ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
-    return np.load(path, mmap_mode="r")
-
-
-def _reserve(path: Path) -> None:
-    """Take the disk space now: a mapped file that outgrows the disk later would kill the process."""
-    if hasattr(os, "posix_fallocate"):
-        with path.open("r+b") as file:
-            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
-
-
-class _ImagesAlone(Dataset):
-    def __init__(self, images: ImageDataset):
-        self.images = images
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> Tensor:
-        return self.images.image(index)
+def _in_memory(file: ArrayFile, blocks: Blocks) -> np.ndarray:
+    rows, done = np.empty((file.count, *file.row_shape), file.dtype), 0
+    for block in blocks(range(file.count)):
+        rows[done : done + len(block)] = block
+        done += len(block)
+    return rows

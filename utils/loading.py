@@ -7,6 +7,8 @@ from contextlib import contextmanager
 
 from torch.utils.data import DataLoader, Dataset
 
+from utils.distributed import processes_on_this_machine
+
 _SECONDS_AFTER_SIGTERM = 60
 
 
@@ -31,5 +33,6 @@ def _outlast_signals(worker: int) -> None:
 
 
 def default_worker_count() -> int:
-    """Four loader workers as the papers, fewer on small machines."""
-    return min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    """Four loader workers as the papers, fewer where the processors are few or shared by several processes of torchrun."""
+    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(4, processors // processes_on_this_machine()))

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from utils.distributed import is_main, rank
+
 
 class _BesideProgressBar(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
@@ -15,9 +17,9 @@ class _BesideProgressBar(logging.Handler):
 
 
 def log_to_terminal(quiet: bool) -> None:
-    """Show log lines on stderr, warnings only if quiet."""
-    handler = _BesideProgressBar(level=logging.WARNING if quiet else logging.INFO)
-    handler.setFormatter(logging.Formatter("%(message)s"))
+    """Show log lines on stderr, warnings only if quiet; of a process beside the main one warnings with its number."""
+    handler = _BesideProgressBar(level=logging.WARNING if quiet or not is_main() else logging.INFO)
+    handler.setFormatter(logging.Formatter("%(message)s" if is_main() else f"process {rank()}: %(message)s"))
     root = logging.getLogger()
     root.handlers = [handler]
     root.setLevel(logging.INFO)
@@ -27,7 +29,10 @@ def log_to_terminal(quiet: bool) -> None:
 
 @contextmanager
 def log_to_file(path: Path) -> Iterator[None]:
-    """Append log lines to a file as well."""
+    """Append log lines of the main process to a file as well."""
+    if not is_main():
+        yield
+        return
     handler = logging.FileHandler(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     root = logging.getLogger()

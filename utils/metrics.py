@@ -1,17 +1,25 @@
-"""Image and pixel metrics from one sort; exact, without thresholds or bins.
-
-With the scores of all negatives sorted once, the number of negatives above any positive score is a binary search. AUROC,
-average precision and best F1 only change at positive scores, and AUPRO is a weighted partial Mann-Whitney statistic, so
-these ranks give all four.
-"""
+"""Image and pixel metrics from one sort; exact, without thresholds, or from fine bins with the error that this can cause."""
 
 from dataclasses import astuple, dataclass
 from typing import Literal
 
-import cv2
 import numpy as np
 
+from utils.pixel_scores import ExactPixelScores, HistogramPixelScores, PixelScores
+from utils.ranks import (
+    auroc,
+    auroc_range,
+    average_precision,
+    average_precision_range,
+    best_f1,
+    best_f1_range,
+    exact_ranks,
+    partial_area,
+    partial_area_range,
+)
+
 PRO_LIMIT = 0.3
+SPRO_LIMIT = 0.05
 _LINEAR_THRESHOLDS = 200
 ProMode = Literal["exact", "dinomaly"]
 
@@ -29,65 +37,29 @@ class Metrics:
     aupro: float | None = None
 
 
+@dataclass(frozen=True)
+class PixelMetrics:
+    """Fractions in 0..1; None where the metric does not exist.
+
+    Attributes:
+        saturated_overlap: AU-sPRO, the area under the curve of saturated per-region overlap up to FPR 0.05, over 0.05.
+        error: the exact values lie at most this far from the given ones; None where these are exact.
+    """
+
+    auroc: float | None = None
+    ap: float | None = None
+    f1: float | None = None
+    aupro: float | None = None
+    saturated_overlap: float | None = None
+    error: float | None = None
+
+
 METRIC_NAMES = ("I-AUROC", "I-AP", "I-F1", "P-AUROC", "P-AP", "P-F1", "AUPRO")
 
 
 def named(metrics: Metrics) -> dict[str, float | None]:
     """Metrics by their column name."""
     return dict(zip(METRIC_NAMES, astuple(metrics), strict=True))
-
-
-@dataclass(frozen=True)
-class _Ranks:
-    """Positive scores in ascending order and, for each, the number of negatives above (strictly, and with ties)."""
-
-    above: np.ndarray
-    at_or_above: np.ndarray
-    positives: np.ndarray
-    negative_count: int
-
-
-def _rank(sorted_positives: np.ndarray, sorted_negatives: np.ndarray) -> _Ranks:
-    count = len(sorted_negatives)
-    return _Ranks(
-        above=count - np.searchsorted(sorted_negatives, sorted_positives, side="right"),
-        at_or_above=count - np.searchsorted(sorted_negatives, sorted_positives, side="left"),
-        positives=sorted_positives,
-        negative_count=count,
-    )
-
-
-def _auroc(ranks: _Ranks) -> float:
-    """Mann-Whitney: the share of negatives below a positive, ties counted half."""
-    return float(1 - (ranks.above + ranks.at_or_above).mean() / (2 * ranks.negative_count))
-
-
-def _average_precision_and_f1(ranks: _Ranks) -> tuple[float, float]:
-    """Step-wise average precision (as scikit-learn) and the best F1 over all thresholds."""
-    positives = ranks.positives
-    first_of_tie = np.concatenate([[True], positives[1:] != positives[:-1]])
-    start = np.flatnonzero(first_of_tie)
-    true_positives = len(positives) - start  # at threshold = that score
-    tie_size = np.diff(np.append(start, len(positives)))
-    predicted = true_positives + ranks.at_or_above[start]
-    precision = true_positives / predicted
-    average_precision = float((precision * tie_size).sum() / len(positives))
-    f1 = float((2 * true_positives / (predicted + len(positives))).max())
-    return average_precision, f1
-
-
-def _exact_aupro(ranks: _Ranks, weights: np.ndarray) -> float:
-    """Area under the per-region overlap curve up to FPR 0.3, divided by 0.3.
-
-    Equals the official trapezoid with interpolation at the limit and merged ties. A positive pixel is found from
-    FPR F1 (ties last) to F2 (ties first) on, so it contributes the length of the curve to its right, linear in between.
-    `weights` is 1 / region area per positive pixel; their sum is the number of regions.
-    """
-    low, high = ranks.above / ranks.negative_count, ranks.at_or_above / ranks.negative_count
-    with np.errstate(divide="ignore", invalid="ignore"):
-        partly = (PRO_LIMIT - low) ** 2 / (2 * (high - low))
-    contribution = np.where(high <= PRO_LIMIT, PRO_LIMIT - (low + high) / 2, np.where(low < PRO_LIMIT, partly, 0.0))
-    return float((weights * contribution).sum() / (weights.sum() * PRO_LIMIT))
 
 
 def _dinomaly_aupro(positives: np.ndarray, weights: np.ndarray, negatives: np.ndarray) -> float | None:
@@ -113,19 +85,44 @@ def ranking_metrics(scores: np.ndarray, labels: np.ndarray) -> tuple[float, floa
     labels = np.asarray(labels, dtype=bool)
     if labels.all() or not labels.any():
         return None, None, None
-    ranks = _rank(np.sort(scores[labels]), np.sort(scores[~labels]))
-    return _auroc(ranks), *_average_precision_and_f1(ranks)
+    ranks = exact_ranks(np.sort(scores[labels]), np.sort(scores[~labels]))
+    return auroc(ranks), average_precision(ranks), best_f1(ranks)
 
 
-def region_weights(masks: np.ndarray) -> np.ndarray:
-    """1 / area of its 8-connected region for every defect pixel of boolean masks (n, H, W), in their flat order."""
-    weights = []
-    for mask in masks:
-        if mask.any():
-            _, labels, statistics, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8), connectivity=8)
-            areas = statistics[:, cv2.CC_STAT_AREA]
-            weights.append(1.0 / areas[labels[mask]])
-    return np.concatenate(weights) if weights else np.empty(0)
+def kind_aurocs(scores: np.ndarray, kinds: list[str], split_kinds: tuple[str, ...]) -> dict[str, float | None]:
+    """I-AUROC of the good images (kind "") against the defective ones of each kind alone, and the mean of these.
+
+    Columns are `I-AUROC-logical` for `logical_anomalies` and so on; None where images of that kind, or good ones, are
+    missing, and for a mean that lacks one.
+    """
+    names = np.array(kinds, dtype=str)
+    columns = {}
+    for kind in split_kinds:
+        chosen = (names == "") | (names == kind)
+        columns[f"I-AUROC-{kind.removesuffix('_anomalies')}"] = ranking_metrics(scores[chosen], names[chosen] == kind)[0]
+    values = list(columns.values())
+    return {**columns, "I-AUROC-mean": None if None in values else sum(values) / len(values)}
+
+
+def collected_pixel_metrics(scores: PixelScores, pro_mode: ProMode = "exact") -> PixelMetrics:
+    """All pixel metrics of collected scores (after `gather` on the main process).
+
+    All None if no pixel or every pixel is defective. `pro_mode` "dinomaly" needs `ExactPixelScores`.
+    """
+    ranks = scores.ranks()
+    if ranks is None:
+        return PixelMetrics()
+    saturated = scores.saturated_ranks()
+    values = [auroc(ranks), average_precision(ranks), best_f1(ranks)]
+    values.append(partial_area(ranks, PRO_LIMIT) if pro_mode == "exact" else _dinomaly_aupro(*scores.arrays()))
+    values.append(partial_area(saturated, SPRO_LIMIT) if saturated else None)
+    if not isinstance(scores, HistogramPixelScores):
+        return PixelMetrics(*values)
+    ranges = [auroc_range(ranks), average_precision_range(ranks), best_f1_range(ranks), partial_area_range(ranks, PRO_LIMIT)]
+    if saturated:
+        ranges.append(partial_area_range(saturated, SPRO_LIMIT))
+    error = max(abs(end - value) for value, ends in zip(values, ranges, strict=False) for end in ends)
+    return PixelMetrics(*values, error=error)
 
 
 def pixel_metrics(maps: np.ndarray, masks: np.ndarray, pro_mode: ProMode = "exact") -> tuple[float | None, ...]:
@@ -134,15 +131,14 @@ def pixel_metrics(maps: np.ndarray, masks: np.ndarray, pro_mode: ProMode = "exac
     Four Nones if no pixel or every pixel is defective.
     """
     masks = np.asarray(masks, dtype=bool)
-    if masks.all() or not masks.any():
-        return None, None, None, None
-    positives, negatives = maps[masks], np.sort(maps[~masks])
-    order = np.argsort(positives, kind="stable")
-    positives, weights = positives[order], region_weights(masks)[order]
-    ranks = _rank(positives, negatives)
-    exact = pro_mode == "exact"
-    aupro = _exact_aupro(ranks, weights) if exact else _dinomaly_aupro(positives, weights, negatives)
-    return _auroc(ranks), *_average_precision_and_f1(ranks), aupro
+    return _pixel_metrics(maps, masks, np.ones(len(maps), bool), pro_mode)
+
+
+def _pixel_metrics(maps: np.ndarray, masks: np.ndarray, known: np.ndarray, pro_mode: ProMode) -> tuple[float | None, ...]:
+    scores = ExactPixelScores(maps.size - np.count_nonzero(masks), maps.dtype)
+    scores.add(maps, masks, known)
+    metrics = collected_pixel_metrics(scores, pro_mode)
+    return metrics.auroc, metrics.ap, metrics.f1, metrics.aupro
 
 
 def compute_metrics(
@@ -160,15 +156,18 @@ def compute_metrics(
         maps, masks: (n, H, W) pixel scores and boolean truth.
         has_pixel_truth: (n,) false where a defective image has no mask; such images count for image metrics only.
     """
-    every = bool(has_pixel_truth.all())
-    known_maps, known_masks = (maps, masks) if every else (maps[has_pixel_truth], masks[has_pixel_truth])
-    return Metrics(*ranking_metrics(scores, labels), *pixel_metrics(known_maps, known_masks, pro_mode))
+    return Metrics(*ranking_metrics(scores, labels), *_pixel_metrics(maps, masks, has_pixel_truth, pro_mode))
+
+
+def column_names(rows: list[dict[str, float | None]]) -> tuple[str, ...]:
+    """The seven metrics, then what further ones any of the rows has, in order."""
+    return tuple(dict.fromkeys([*METRIC_NAMES, *(name for row in rows for name in row)]))
 
 
 def mean_metrics(rows: list[dict[str, float | None]]) -> dict[str, float | None]:
     """Unweighted mean of every column over the rows that have it."""
     means = {}
-    for name in METRIC_NAMES:
-        values = [row[name] for row in rows if row[name] is not None]
+    for name in column_names(rows):
+        values = [row[name] for row in rows if row.get(name) is not None]
         means[name] = sum(values) / len(values) if values else None
     return means

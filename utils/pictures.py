@@ -11,7 +11,8 @@ from torchvision.transforms.functional import center_crop, resize
 
 from datasets.images import load_image
 from utils.checkpoint import atomic_write
-from utils.evaluation import METRIC_SIZE, Evaluation
+from utils.evaluation import Evaluation
+from utils.protocol import METRIC_SIZE
 from utils.settings import DataOptions
 
 _TILE = 176

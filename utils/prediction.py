@@ -17,8 +17,8 @@ from common.errors import NumericError, UserError
 from datasets.images import DEFAULT_MAX_PIXELS, IMAGE_SUFFIXES, is_image_file, load_image
 from datasets.transforms import IMAGENET_MEAN, IMAGENET_STD, image_transform
 from models.detector import Detector
-from utils.evaluation import METRIC_SIZE, EvaluationOptions, image_score, smoothed_map
 from utils.packed_model import load_packed
+from utils.protocol import METRIC_SIZE, EvaluationOptions, image_score, smoothed_map
 
 logger = logging.getLogger(__name__)
 

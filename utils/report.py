@@ -11,10 +11,11 @@ import yaml
 
 from binarize.cost import Cost
 from utils.checkpoint import write_text
-from utils.evaluation import EvaluationOptions
-from utils.metrics import METRIC_NAMES, mean_metrics
-from utils.result_files import Row, read_metrics, read_results
-from utils.tables import format_cost, format_rows
+from utils.metrics import column_names
+from utils.plots import loss_curve, score_histogram
+from utils.protocol import EvaluationOptions
+from utils.result_files import Row, mean_rows, read_metrics, read_results
+from utils.tables import format_cost, format_rows, html_rows
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 1500px; padding: 0 1rem; color: #222 }
@@ -28,9 +29,6 @@ _SHEET_NOTE = (
     "Heat maps share one scale, fixed by training images. Outline: red where the map exceeds half of that scale, green the "
     "ground truth; a grey mask is unknown."
 )
-_PLOT_WIDTH, _PLOT_HEIGHT, _PLOT_LEFT, _PLOT_BOTTOM = 460, 220, 52, 28
-_HISTOGRAM_BINS = 40
-_GOOD_COLOUR, _DEFECTIVE_COLOUR, _LINE_COLOUR = "#4878a8", "#d1495b", "#333"
 
 
 def format_metric(value: float | None) -> str:
@@ -39,18 +37,20 @@ def format_metric(value: float | None) -> str:
 
 
 def result_rows(rows: dict[str, Row]) -> list[tuple[str, ...]]:
-    """Header, categories and mean as cells in percent."""
-    lines = {**rows, "Mean": mean_metrics(list(rows.values()))}
+    """Header, categories and means as cells in percent."""
+    columns = column_names(list(rows.values()))
+    lines = {**rows, **mean_rows(rows)}
     return [
-        ("item", *METRIC_NAMES),
-        *((item, *(format_metric(row[name]) for name in METRIC_NAMES)) for item, row in lines.items()),
+        ("item", *columns),
+        *((item, *(format_metric(row.get(name)) for name in columns)) for item, row in lines.items()),
     ]
 
 
 def format_results(rows: dict[str, Row]) -> str:
     """The results as an aligned text table in percent, with a note on what the mean leaves out."""
     text = format_rows(result_rows(rows))
-    absent = [name for name in METRIC_NAMES if any(row[name] is None for row in rows.values())]
+    columns = column_names(list(rows.values()))
+    absent = [name for name in columns if any(row.get(name) is None for row in rows.values())]
     return f"{text}\nn/a: not defined for that category; left out of the mean ({', '.join(absent)})" if absent else text
 
 
@@ -68,53 +68,42 @@ def read_cost(path: Path) -> dict[str, Cost] | None:
 
 def write_run_report(folder: Path, training_folder: Path | None = None) -> None:
     """`report.html` of one run; a test with another protocol takes configuration and loss curves from its training."""
-    write_text(folder / "report.html", _page([_run_section(folder, training_folder or folder)]))
+    write_text(folder / "report.html", page([run_section(folder, training_folder or folder)]))
 
 
-def write_comparison(path: Path, folders: list[Path], summary: str) -> None:
-    """One page over several runs, with their comparison on top."""
-    write_text(
-        path,
-        _page(
-            [
-                f"<h1>Comparison</h1><pre>{html.escape(summary)}</pre>",
-                *(_run_section(folder, folder) for folder in folders),
-            ]
-        ),
-    )
-
-
-def _page(sections: list[str]) -> str:
+def page(sections: list[str]) -> str:
+    """An offline HTML page."""
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>BinaryAD report</title>'
         f"<style>{_STYLE}</style></head><body>{''.join(sections)}</body></html>\n"
     )
 
 
-def _run_section(folder: Path, training_folder: Path) -> str:
+def run_section(folder: Path, training_folder: Path) -> str:
+    """All of one run as HTML: table, cost, loss curves, score histograms and contact sheets."""
     own = folder / "config.yaml"
     config = yaml.safe_load((own if own.is_file() else training_folder / "config.yaml").read_text())
     environment = json.loads((training_folder / "env.json").read_text())
     rows, cost = read_results(folder / "results.csv"), read_cost(training_folder / "cost.json")
+    losses = _losses(training_folder / "metrics.jsonl")
     parts = [
         f"<h1>{html.escape(folder.name)}</h1>",
         f'<p class="note">CLB stage {config["clb_stage"]} · {html.escape(config["encoder"])}, weights: '
         f"{html.escape(environment['encoder_source'])} · crop {config['crop_size']} px · seed {config['seed']}<br>"
         f"{html.escape(EvaluationOptions.from_config(config).describe())}; percent, n/a where a metric is not defined</p>",
-        _table(result_rows(rows)),
+        html_rows(result_rows(rows)),
     ]
     if cost:
         parts.append(f"<h2>Cost (counted)</h2><pre>{html.escape(format_cost(cost))}</pre>")
+    of_several = [name for name in losses if name not in rows]  # one model of all categories
+    parts += [loss_curve(f"training loss by iteration: {name}", losses[name]) for name in of_several]
     for item in rows:
         parts.append(f"<h2>{html.escape(item)}</h2>")
-        losses = [
-            (line["iteration"], line["loss"])
-            for line in read_metrics(training_folder / "metrics.jsonl")
-            if line["item"] == item and line["kind"] == "training"
-        ]
-        if losses:
-            parts.append(_loss_curve(losses))
-        parts.append(_score_histogram(folder / item / "scores.csv"))
+        if item in losses:
+            parts.append(loss_curve("training loss by iteration", losses[item]))
+        scores = _scores(folder / item / "scores.csv")
+        if scores:
+            parts.append(score_histogram(scores))
         sheet = folder / item / "maps" / "contact_sheet.jpg"
         if sheet.is_file():
             data = base64.b64encode(sheet.read_bytes()).decode()
@@ -122,66 +111,18 @@ def _run_section(folder: Path, training_folder: Path) -> str:
     return "".join(parts)
 
 
-def _table(rows: list[tuple[str, ...]]) -> str:
-    def line(cells: tuple[str, ...], tag: str) -> str:
-        return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
-
-    return f"<table>{line(rows[0], 'th')}{''.join(line(row, 'td') for row in rows[1:])}</table>"
-
-
-def _axes(title: str, x_range: tuple[float, float], y_range: tuple[float, float]) -> str:
-    bottom, right = _PLOT_HEIGHT - _PLOT_BOTTOM, _PLOT_WIDTH - 10
-    labels = (
-        (_PLOT_LEFT, _PLOT_HEIGHT - 8, "start", f"{x_range[0]:.4g}"),
-        (right, _PLOT_HEIGHT - 8, "end", f"{x_range[1]:.4g}"),
-        (_PLOT_LEFT - 4, bottom, "end", f"{y_range[0]:.3g}"),
-        (_PLOT_LEFT - 4, 34, "end", f"{y_range[1]:.3g}"),
-        (_PLOT_LEFT, 16, "start", title),
-    )
-    text = "".join(
-        f'<text x="{x}" y="{y}" text-anchor="{anchor}" font-size="12">{label}</text>' for x, y, anchor, label in labels
-    )
-    return f'<path d="M{_PLOT_LEFT} 24V{bottom}H{right}" fill="none" stroke="#999"/>{text}'
+def _losses(path: Path) -> dict[str, list[tuple[int, float]]]:
+    """(iteration, loss) of every trained model of a `metrics.jsonl`."""
+    losses: dict[str, list[tuple[int, float]]] = {}
+    for line in read_metrics(path):
+        if line["kind"] == "training":
+            losses.setdefault(line["item"], []).append((line["iteration"], line["loss"]))
+    return losses
 
 
-def _svg(content: str) -> str:
-    return f'<svg width="{_PLOT_WIDTH}" height="{_PLOT_HEIGHT}" role="img">{content}</svg>'
-
-
-def _place(value: float, low: float, high: float, start: float, end: float) -> float:
-    return start + (value - low) / ((high - low) or 1) * (end - start)
-
-
-def _loss_curve(points: list[tuple[int, float]]) -> str:
-    x_range = (points[0][0], points[-1][0])
-    y_range = (0.0, max(loss for _, loss in points))
-    path = " ".join(
-        f"{_place(x, *x_range, _PLOT_LEFT, _PLOT_WIDTH - 10):.1f},{_place(y, *y_range, _PLOT_HEIGHT - _PLOT_BOTTOM, 24):.1f}"
-        for x, y in points
-    )
-    line = f'<polyline points="{path}" fill="none" stroke="{_LINE_COLOUR}" stroke-width="1.5"/>'
-    return _svg(_axes("training loss by iteration", x_range, y_range) + line)
-
-
-def _score_histogram(path: Path) -> str:
-    """Image scores of good and defective test images over each other."""
+def _scores(path: Path) -> list[tuple[int, float]]:
+    """(label, score) of all images in a `scores.csv`, empty without one."""
     if not path.is_file():
-        return ""
+        return []
     with path.open(newline="", encoding="utf-8") as file:
-        scores = [(int(row["label"]), float(row["score"])) for row in csv.DictReader(file)]
-    if not scores:
-        return ""
-    low, high = min(score for _, score in scores), max(score for _, score in scores)
-    counts = {0: [0] * _HISTOGRAM_BINS, 1: [0] * _HISTOGRAM_BINS}
-    for label, score in scores:
-        counts[label][min(_HISTOGRAM_BINS - 1, int(_place(score, low, high, 0, _HISTOGRAM_BINS)))] += 1
-    top, bottom = max(map(max, counts.values())), _PLOT_HEIGHT - _PLOT_BOTTOM
-    width = (_PLOT_WIDTH - 10 - _PLOT_LEFT) / _HISTOGRAM_BINS
-    bars = "".join(
-        f'<rect x="{_PLOT_LEFT + index * width:.1f}" y="{_place(count, 0, top, bottom, 24):.1f}" width="{width:.1f}" '
-        f'height="{bottom - _place(count, 0, top, bottom, 24):.1f}" fill="{colour}" fill-opacity="0.55"/>'
-        for label, colour in ((0, _GOOD_COLOUR), (1, _DEFECTIVE_COLOUR))
-        for index, count in enumerate(counts[label])
-        if count
-    )
-    return _svg(_axes("test images by score: blue good, red defective", (low, high), (0, top)) + bars)
+        return [(int(row["label"]), float(row["score"])) for row in csv.DictReader(file)]

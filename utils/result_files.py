@@ -12,47 +12,67 @@ from pathlib import Path
 from common.errors import ResourceError, UserError
 from datasets.records import Record
 from utils.checkpoint import explain_write_error, write_text
-from utils.metrics import METRIC_NAMES, mean_metrics
+from utils.metrics import METRIC_NAMES, column_names, mean_metrics
 
 logger = logging.getLogger(__name__)
 
 Row = dict[str, float | None]
+_MEAN = "Mean"
 _SECONDS_BETWEEN_TABLES = 10
 
 
 def write_results(path: Path, rows: dict[str, Row]) -> None:
-    """`results.csv`: a row per category and `Mean`; fractions with 4 decimals, empty where a metric does not exist."""
-    lines = {**rows, "Mean": mean_metrics(list(rows.values()))}
+    """`results.csv`: a row per category and `Mean`; fractions with 4 decimals, empty where a metric does not exist.
+
+    Columns are the seven metrics and then what else any row has. Categories of the form `DATASET/ITEM` have one row
+    `Mean DATASET` per data set before the last row.
+    """
+    names = column_names(list(rows.values()))
+    lines = {**rows, **mean_rows(rows)}
     _write_csv(
         path,
-        ("item", *METRIC_NAMES),
+        ("item", *names),
         (
-            (safe_cell(item), *("" if row[name] is None else f"{row[name]:.4f}" for name in METRIC_NAMES))
+            (safe_cell(item), *("" if row.get(name) is None else f"{row[name]:.4f}" for name in names))
             for item, row in lines.items()
         ),
     )
 
 
+def mean_rows(rows: dict[str, Row]) -> dict[str, Row]:
+    """`Mean DATASET` of each data set among categories of the form `DATASET/ITEM`, then `Mean` of all categories."""
+    groups: dict[str, list[Row]] = {}
+    for item, row in rows.items():
+        if name := _mean_of_data_set(item):
+            groups.setdefault(name, []).append(row)
+    return {name: mean_metrics(group) for name, group in {**groups, _MEAN: list(rows.values())}.items()}
+
+
+def _mean_of_data_set(item: str) -> str | None:
+    data_set, slash, _ = item.partition("/")
+    return f"{_MEAN} {data_set}" if slash else None
+
+
 def read_results(path: Path) -> dict[str, Row]:
-    """Rows by category without the mean; raises UserError for a file of another form."""
+    """Rows by category without the means; raises UserError for a file of another form."""
     if not path.is_file():
         return {}
     with path.open(newline="", encoding="utf-8") as file:
         lines = list(csv.reader(file))
     try:
-        if tuple(lines[0]) != ("item", *METRIC_NAMES):
+        first, *names = lines[0]
+        if first != "item" or tuple(names[: len(METRIC_NAMES)]) != METRIC_NAMES or len(set(names)) < len(names):
             raise ValueError("unknown columns")
-        return {
-            line[0].removeprefix("'"): {
-                name: float(cell) if cell else None for name, cell in zip(METRIC_NAMES, line[1:], strict=True)
-            }
+        rows = {
+            line[0].removeprefix("'"): {name: float(cell) if cell else None for name, cell in zip(names, line[1:], strict=True)}
             for line in lines[1:]
-            if line[0] != "Mean"
         }
     except (ValueError, IndexError) as error:
         raise UserError(
             f"results damaged: {str(path)!r} is not a results table ({error}); remove it and run --phase test"
         ) from error
+    means = {_MEAN, *map(_mean_of_data_set, rows)}
+    return {item: row for item, row in rows.items() if item not in means}
 
 
 def write_scores(path: Path, rows: Iterable[tuple[str, str, int, float]]) -> None:
@@ -67,6 +87,24 @@ def write_scores(path: Path, rows: Iterable[tuple[str, str, int, float]]) -> Non
 def write_bad_images(path: Path, bad: Iterable[tuple[Record, str]]) -> None:
     """`bad_images.csv`: path and reason of every image left out."""
     _write_csv(path, ("path", "reason"), ((safe_cell(str(record.path)), safe_cell(reason)) for record, reason in bad))
+
+
+def write_chosen_files(path: Path, chosen: Iterable[tuple[str, str]]) -> None:
+    """`chosen_files.csv`: item and path of every few-shot training image."""
+    _write_csv(path, ("item", "path"), ((safe_cell(item), safe_cell(name)) for item, name in chosen))
+
+
+def write_failures(path: Path, failures: dict[str, str]) -> None:
+    """`failures.csv`: categories that have no row, and why."""
+    _write_csv(path, ("item", "reason"), ((safe_cell(item), safe_cell(reason)) for item, reason in failures.items()))
+
+
+def read_failures(path: Path) -> dict[str, str]:
+    """Reason by category; empty without the file."""
+    if not path.is_file():
+        return {}
+    with path.open(newline="", encoding="utf-8") as file:
+        return {line["item"].removeprefix("'"): line["reason"].removeprefix("'") for line in csv.DictReader(file)}
 
 
 def _write_csv(path: Path, header: tuple[str, ...], rows: Iterable[tuple]) -> None:

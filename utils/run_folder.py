@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy
@@ -20,16 +21,20 @@ import yaml
 from common.errors import ResourceError, UserError
 from models.encoder import FrozenEncoder
 from utils.checkpoint import write_text
-from utils.result_files import MetricsLog, Row, read_results, write_results
+from utils.distributed import world_size
+from utils.result_files import MetricsLog, Row, read_failures, read_results, write_failures, write_results
 
 logger = logging.getLogger(__name__)
 
-_NOT_A_RUN = ("run.lock", "log.txt")
+_NOT_A_RUN = ("run.lock", "log.txt", "failures.csv")
 
 
-def run_folder_name(save_name: str, dataset: str, encoder: str, input_size: int, crop_size: int, prototype_count: int) -> str:
-    """`<save_name>_dataset=..._Encoder=..._Resize=..._Crop=..._INP_num=...`, the papers' naming."""
-    return f"{save_name}_dataset={dataset}_Encoder={encoder}_Resize={input_size}_Crop={crop_size}_INP_num={prototype_count}"
+def run_folder_name(
+    save_name: str, dataset: str | None, encoder: str, input_size: int, crop_size: int, prototype_count: int
+) -> str:
+    """`<save_name>_dataset=..._Encoder=..._Resize=..._Crop=..._INP_num=...`, the papers' naming; None: no data set in it."""
+    data = "" if dataset is None else f"_dataset={dataset}"
+    return f"{save_name}{data}_Encoder={encoder}_Resize={input_size}_Crop={crop_size}_INP_num={prototype_count}"
 
 
 def check_plain_name(value: str, flag: str) -> str:
@@ -106,13 +111,17 @@ class RunFolder:
                 continue
             shutil.rmtree(child) if child.is_dir() else child.unlink()
 
-    def forget_item(self, item: str) -> None:
-        """Delete what an earlier training of a category left."""
-        shutil.rmtree(self.item_folder(item), ignore_errors=True)
+    def forget(self, model: str, items: list[str], model_folder: Path) -> None:
+        """Delete what an earlier training of a model and the evaluation of its categories left."""
+        for name in ("model.pth", "last.pth"):
+            (model_folder / name).unlink(missing_ok=True)
         rows = self.rows()
-        if rows.pop(item, None) is not None:
-            self._write_rows(rows)
-        MetricsLog(self.path / "metrics.jsonl", item).truncate(0)
+        for item in items:
+            shutil.rmtree(self.item_folder(item), ignore_errors=True)
+        if rows.keys() & set(items):
+            self._write_rows({item: row for item, row in rows.items() if item not in items})
+        for name in (model, *items):
+            MetricsLog(self.path / "metrics.jsonl", name).truncate(0)
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -150,10 +159,14 @@ class RunFolder:
         """Atomic YAML file."""
         write_text(self.path / name, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
 
-    def write_environment(self, encoder: FrozenEncoder, device: torch.device, seed: int) -> None:
-        """`env.json`: versions, machine, device, code state, command line, encoder, seed."""
+    def write_environment(self, encoder: FrozenEncoder, device: torch.device, seed: int, items: list[str]) -> None:
+        """`env.json`: versions, machine, device, code state, command line, encoder, seed, and all categories so far."""
+        known = self.environment().get("items", [])
         content = {
             "command": sys.argv,
+            "items": known + [item for item in items if item not in known],
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "processes": world_size(),
             "python": platform.python_version(),
             "platform": platform.platform(),
             "torch": torch.__version__,
@@ -180,9 +193,29 @@ class RunFolder:
 
     def add_row(self, item: str, row: Row, order: list[str]) -> None:
         """Put a finished category into `results.csv`, in the data set's order, and renew the mean."""
+        self.forget_failures([item])
         rows = {**self.rows(), item: row}
         known = [name for name in order if name in rows]
         self._write_rows({name: rows[name] for name in known + [name for name in rows if name not in known]})
+
+    def failures(self) -> dict[str, str]:
+        """Categories that could not be trained or evaluated, with the reason."""
+        return read_failures(self.path / "failures.csv")
+
+    def forget_failures(self, items: list[str]) -> None:
+        """Start anew with these categories."""
+        self._write_failures({item: reason for item, reason in self.failures().items() if item not in items})
+
+    def add_failures(self, items: list[str], reason: str) -> None:
+        """Mark categories as failed, until they have a row."""
+        self._write_failures({**self.failures(), **dict.fromkeys(items, reason)})
+
+    def _write_failures(self, failures: dict[str, str]) -> None:
+        path = self.path / "failures.csv"
+        if failures:
+            write_failures(path, failures)
+        else:
+            path.unlink(missing_ok=True)
 
     def _write_rows(self, rows: dict[str, Row]) -> None:
         write_results(self.path / "results.csv", rows)

@@ -6,19 +6,23 @@ from pathlib import Path
 
 from binarize.linear import BinarizationOptions
 from common.errors import UserError
+from datasets.catalog import ListingOptions
 from models.build import check_sizes
-from utils.evaluation import EvaluationOptions
+from utils.arguments import listing_options
 from utils.optim import warmup_length
+from utils.protocol import EvaluationOptions
 from utils.run_folder import check_plain_name, run_folder_name
 from utils.training import TrainingOptions, iterations_of
 
 # what a command does with a run, not what the run is
-_NOT_STORED = ("config", "default_save_name", "quiet", "debug", "phase", "resume", "overwrite", "force_gate")
+_NOT_STORED = ("config", "host", "quiet", "debug", "phase", "resume", "overwrite", "force_gate")
 STAGE_SUFFIXES = {0: "-FP", 1: "", 2: "-CLB2"}
+_SETTING_NAMES = {"single": "Single-Class", "multi": "Multi-Class", "few": "Few-Shot"}
 _LOG_EVERY = 10
 # A run folder and its checkpoints belong to one choice of these.
 IDENTITY_KEYS = (
-    "dataset", "encoder", "pos_embed", "input_size", "crop_size", "INP_num", "clb_stage", "load_checkpoint", "act_bits", "sab",
+    "setting", "dataset", "realiad_json", "shot", "per_category",
+    "encoder", "pos_embed", "input_size", "crop_size", "INP_num", "clb_stage", "load_checkpoint", "act_bits", "sab",
     "weight_gradient", "activation_gradient", "distill", "distill_teacher", "total_epochs", "total_iters", "batch_size",
     "learning_rate", "final_learning_rate", "warmup_iters", "weight_decay", "gradient_clip", "precision", "seed",
     "skip_bad_images",
@@ -29,25 +33,33 @@ PROTOCOL_KEYS = (
     "smoothing_sigma",
     "max_ratio",
     "pro_mode",
+    "scoring",
     "allow_missing_masks",
 )
 
+_EARLIER_DEFAULTS = {"scoring": "reconstruction", "realiad_json": ListingOptions().realiad_json}  # of flags that are newer
+
 # what a test may measure otherwise than the training did
-MEASURING_KEYS = (*PROTOCOL_KEYS, "precision", "skip_bad_images", "data_path")
+MEASURING_KEYS = (*PROTOCOL_KEYS, "precision", "skip_bad_images", "realiad_json", "data_path")
 
 
 @dataclass(frozen=True)
 class DataOptions:
-    """Which images: `path` is the root as given, `items` the wanted categories or None for all."""
+    """Which images: one path for each data set of `dataset` ("A+B"), `items` the wanted categories or None for all.
+
+    `shot`: training images per category, None for all of them.
+    """
 
     dataset: str
-    path: str | None
+    paths: list[str] | None
     items: list[str] | None
+    listing: ListingOptions
+    shot: int | None
     input_size: int
     crop_size: int
     max_pixels: int
-    allow_missing_masks: bool
     skip_bad_images: bool
+    cache_images: str
 
 
 @dataclass(frozen=True)
@@ -76,29 +88,39 @@ class Settings:
     training: TrainingOptions
     evaluation: EvaluationOptions
     phase: str
+    one_model: bool
+    test_checkpoint: Path | None
     save_dir: Path
-    run_path: Path
     resume: bool
     overwrite: bool
     device: str
     cache_features: str
+    metrics_memory: float | None
 
     @property
     def identity(self) -> dict:
         """The part of the configuration that a trained model depends on."""
-        return {key: self.config[key] for key in IDENTITY_KEYS}
+        return {key: self.config[key] for key in IDENTITY_KEYS if key in self.config}
+
+    @property
+    def run_path(self) -> Path:
+        """Folder of this run."""
+        return self.run_path_of(self.config["save_name"])
 
     def run_path_of(self, save_name: str) -> Path:
-        """Folder of another run of the same data, encoder and sizes."""
-        name = run_folder_name(
-            save_name,
-            self.data.dataset,
-            self.model.encoder,
-            self.data.input_size,
-            self.data.crop_size,
-            self.model.prototype_count,
-        )
-        return self.save_dir / name
+        """Folder of another run of the same setting, data, encoder and sizes."""
+        dataset, shot = self.data.dataset, self.data.shot
+        name = save_name if shot is None else f"{save_name}-{shot}"
+        return self.save_dir / self._run_folder_name(name, None if "+" in dataset else dataset)
+
+    def zero_shot_path(self, source: str) -> Path:
+        """Folder for the test of a model that was trained on the data set `source`."""
+        name = self._run_folder_name(self.config["save_name"], None)
+        return self.save_dir / f"{name}_Source={source}_Target={self.data.dataset}"
+
+    def _run_folder_name(self, save_name: str, dataset: str | None) -> str:
+        data, model = self.data, self.model
+        return run_folder_name(save_name, dataset, model.encoder, data.input_size, data.crop_size, model.prototype_count)
 
     def training_for(self, item: str, image_count: int) -> TrainingOptions:
         """Training options with the iterations of this category's image count filled in."""
@@ -116,45 +138,41 @@ def changed_protocol(stored: dict, settings: Settings) -> list[str]:
     changed = []
     for key in MEASURING_KEYS:
         value = settings.config[key]
-        if key == "data_path" and value is not None and stored.get(key) is not None:
-            if Path(value).resolve() == Path(stored[key]).resolve():
-                continue
-            value = Path(value).resolve().name
-        if stored.get(key) != value:
+        if key == "data_path":
+            here, there = _resolved(value), _resolved(stored.get(key))
+            if here and there and here != there:
+                changed.append(f"{key}={'+'.join(path.name for path in here)}")
+        elif stored.get(key, _EARLIER_DEFAULTS.get(key)) != value:
             changed.append(f"{key}={value}")
     if settings.model.forced_gate is not None:
         changed.append(f"gate={settings.model.forced_gate:g}")
     return changed
 
 
+def _resolved(paths: list[str] | str | None) -> list[Path]:
+    return [Path(path).resolve() for path in ([paths] if isinstance(paths, str) else paths or [])]
+
+
 def settings_of(arguments: argparse.Namespace) -> Settings:
     """Check flags against each other and sort them into dataclasses; raises UserError for a combination that cannot work."""
     config = {key: value for key, value in vars(arguments).items() if key not in _NOT_STORED}
-    config["save_name"] = check_plain_name(
-        arguments.save_name or arguments.default_save_name + STAGE_SUFFIXES[arguments.clb_stage], "--save_name"
-    )
+    config["save_name"] = check_plain_name(arguments.save_name or default_save_name(arguments), "--save_name")
     check_sizes(arguments.encoder, arguments.input_size, arguments.crop_size)
     _check_combinations(arguments)
-    save_dir = Path(arguments.save_dir)
-    name = run_folder_name(
-        config["save_name"],
-        arguments.dataset,
-        arguments.encoder,
-        arguments.input_size,
-        arguments.crop_size,
-        arguments.INP_num,
-    )
+    few = arguments.setting == "few"
     return Settings(
         config=config,
         data=DataOptions(
             dataset=arguments.dataset,
-            path=arguments.data_path,
+            paths=arguments.data_path,
             items=arguments.item,
+            listing=listing_options(arguments),
+            shot=arguments.shot if few else None,
             input_size=arguments.input_size,
             crop_size=arguments.crop_size,
             max_pixels=arguments.max_pixels,
-            allow_missing_masks=arguments.allow_missing_masks,
             skip_bad_images=arguments.skip_bad_images,
+            cache_images=arguments.cache_images,
         ),
         model=ModelOptions(
             encoder=arguments.encoder,
@@ -190,15 +208,30 @@ def settings_of(arguments: argparse.Namespace) -> Settings:
             arguments.smoothing_sigma,
             arguments.max_ratio,
             arguments.pro_mode,
+            arguments.scoring,
         ),
         phase=arguments.phase,
-        save_dir=save_dir,
-        run_path=save_dir / name,
+        one_model=arguments.setting == "multi" or (few and not arguments.per_category),
+        test_checkpoint=Path(arguments.test_checkpoint) if arguments.test_checkpoint else None,
+        save_dir=Path(arguments.save_dir),
         resume=arguments.resume,
         overwrite=arguments.overwrite,
         device=arguments.device,
         cache_features=arguments.cache_features,
+        metrics_memory=arguments.metrics_memory,
     )
+
+
+def default_save_name(arguments: argparse.Namespace) -> str:
+    """The host's name, the setting's, and the stage's suffix, so that nothing overwrites another."""
+    name = _SETTING_NAMES[arguments.setting]
+    if arguments.test_checkpoint:
+        name = "Zero-Shot" if arguments.scoring == "prototype" else "Transfer"
+    elif arguments.setting == "few" and arguments.per_category:
+        name += "-Per-Category"
+    elif arguments.setting == "multi" and "+" in arguments.dataset:
+        name = f"Super-{name}"
+    return f"{arguments.host}-{name}{STAGE_SUFFIXES[arguments.clb_stage]}"
 
 
 def _check_combinations(arguments: argparse.Namespace) -> None:
@@ -211,6 +244,10 @@ def _check_combinations(arguments: argparse.Namespace) -> None:
         raise UserError("--resume continues a run and --overwrite deletes it; give one of them")
     if arguments.force_gate is not None and (training or stage == 0 or arguments.sab == "off"):
         raise UserError("--force_gate is for --phase test of a model with gates (stage 1 or 2, --sab mixed or binary)")
+    if arguments.test_checkpoint and training:
+        raise UserError("--test_checkpoint evaluates a trained model; give --phase test with it")
+    if arguments.scoring != "reconstruction" and training:
+        raise UserError(f"--scoring {arguments.scoring} scores a trained model otherwise; give --phase test with it")
     if arguments.distill_teacher and not arguments.distill and training:
         raise UserError("--distill_teacher does nothing without --distill WEIGHT; give both")
     if stage == 0 and arguments.load_checkpoint and training:
@@ -218,7 +255,7 @@ def _check_combinations(arguments: argparse.Namespace) -> None:
     if stage == 2 and not arguments.load_checkpoint and training:
         raise UserError(
             "--clb_stage 2 starts from a stage-1 model: give --load_checkpoint NAME (its save_name, by default "
-            f"{arguments.default_save_name}) or a model.pth"
+            f"{default_save_name(arguments).removesuffix(STAGE_SUFFIXES[2])}) or a model.pth"
         )
     if arguments.distill and training and not (arguments.distill_teacher or (stage == 1 and arguments.load_checkpoint)):
         raise UserError("--distill needs a float model: give --distill_teacher NAME (its save_name) or a model.pth of stage 0")

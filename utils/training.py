@@ -2,32 +2,34 @@
 
 import logging
 import math
-import signal
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import Dataset, Sampler, default_collate
 from tqdm import tqdm
 
-from binarize.stages import parameter_groups
+from binarize.stages import attention_gates, parameter_groups
 from common.errors import Interrupted, NumericError, ResourceError, UserError
 from models.detector import Detector
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.devices import autocast, random_state, restore_random_state
+from utils.distributed import is_main, joined, on_main, peers_expected, rank, world_size
 from utils.loading import loaded_batches
 from utils.optim import StableAdamW, learning_rate
 from utils.result_files import MetricsLog
+from utils.stopping import StopRequest
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class TrainingOptions:
-    """Numbers of a training run; iterations are the unit."""
+    """Numbers of a training run; iterations are the unit, and `batch_size` is that of each process."""
 
     total_iterations: int
     batch_size: int
@@ -46,57 +48,47 @@ class TrainingOptions:
 class ShuffledBatches(Sampler):
     """Index batches of iterations start..total: each epoch a permutation by (seed, epoch), its incomplete batch dropped.
 
-    The order depends on nothing but the arguments, so training resumes in the middle of an epoch.
+    The order depends on nothing but the arguments, so training resumes in the middle of an epoch. Several processes share
+    `parts * batch_size` consecutive images of the same permutation: process number `part` takes its `batch_size` of them.
     """
 
-    def __init__(self, count: int, batch_size: int, seed: int, start: int, total: int):
+    def __init__(self, count: int, batch_size: int, seed: int, start: int, total: int, part: int = 0, parts: int = 1):
         self.count, self.batch_size, self.seed, self.start, self.total = count, batch_size, seed, start, total
+        self.part, self.parts = part, parts
 
     def __len__(self) -> int:
         return self.total - self.start
 
     def __iter__(self) -> Iterator[list[int]]:
-        per_epoch = self.count // self.batch_size
+        shared = self.parts * self.batch_size
+        per_epoch = self.count // shared
         epoch, order = -1, []
         for iteration in range(self.start, self.total):
             if iteration // per_epoch != epoch:
                 epoch = iteration // per_epoch
                 generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
                 order = torch.randperm(self.count, generator=generator).tolist()
-            position = iteration % per_epoch * self.batch_size
+            position = iteration % per_epoch * shared + self.part * self.batch_size
             yield order[position : position + self.batch_size]
 
 
+def first_global_batch(data: Dataset, options: TrainingOptions) -> Tensor:
+    """Inputs of the first iteration of all processes together, in the order of one process with a batch of that size."""
+    indices = next(iter(ShuffledBatches(len(data), options.batch_size * world_size(), options.seed, 0, 1)))
+    return default_collate([data[index]["image"] for index in indices])
+
+
 def iterations_of(epochs: int, image_count: int, batch_size: int, item: str) -> int:
-    """Iterations of so many epochs; raises UserError if the images do not fill one batch."""
-    if image_count < batch_size:
+    """Iterations of so many epochs with that batch in each process; raises UserError if the images do not fill one."""
+    processes = world_size()
+    if image_count < processes * batch_size:
+        several = f"{processes} processes x " if processes > 1 else ""
+        smaller = f"--batch_size {image_count // processes} or smaller" if image_count >= processes else "fewer processes"
         raise UserError(
-            f"{item} has {image_count} training images, fewer than --batch_size {batch_size}, and incomplete batches are "
-            f"dropped; give --batch_size {image_count} or smaller"
+            f"{item} has {image_count} training images, fewer than {several}--batch_size {batch_size}, and incomplete "
+            f"batches are dropped; give {smaller}"
         )
-    return epochs * (image_count // batch_size)
-
-
-@dataclass
-class StopRequest:
-    """Turns the first SIGINT or SIGTERM into a flag, so that the loop can save; the second one ends at once."""
-
-    signal_number: int | None = None
-    _previous: dict = field(default_factory=dict)
-
-    def __enter__(self) -> "StopRequest":
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._previous[number] = signal.signal(number, self._receive)
-        return self
-
-    def __exit__(self, *exception) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _receive(self, number: int, frame) -> None:
-        if self.signal_number is not None:
-            raise Interrupted(number)
-        self.signal_number = number
+    return epochs * (image_count // (processes * batch_size))
 
 
 def fit(
@@ -108,63 +100,92 @@ def fit(
     log: MetricsLog,
     resume: bool,
 ) -> None:
-    """Train a detector on a data set, in place.
+    """Train a detector on a data set, in place; several processes share every batch and end with equal weights.
 
     Args:
-        folder: gets `last.pth` every `save_every` iterations, and when a signal arrives.
+        folder: gets `last.pth` every `save_every` iterations, and when a signal arrives at any process.
         identity: stored in `last.pth`; a checkpoint of another identity is not resumed.
         resume: go on from `folder/last.pth` if it exists.
 
     Raises:
         Interrupted: after SIGINT or SIGTERM, with the checkpoint saved.
         NumericError: the loss or the gradient is not finite; the last checkpoint is kept.
+        PeerLost: another process ended.
     """
     optimizer = StableAdamW(parameter_groups(detector, options.weight_decay), lr=options.peak_rate)
     last = folder / "last.pth"
     start = _restore(last, detector, optimizer, identity) if resume and last.is_file() else 0
-    log.truncate(start)
+    on_main(lambda: log.truncate(start))
     detector.train()
-    order = ShuffledBatches(len(data), options.batch_size, options.seed, start, options.total_iterations)
+    model = _loss_module(detector)
+    order = ShuffledBatches(len(data), options.batch_size, options.seed, start, options.total_iterations, rank(), world_size())
     device, began = detector.device, time.perf_counter()
     with (
         StopRequest() as stop,
         loaded_batches(data, options.num_workers, batch_sampler=order) as batches,
-        tqdm(total=options.total_iterations, initial=start, unit="it", disable=None) as bar,
+        tqdm(total=options.total_iterations, initial=start, unit="it", disable=None if is_main() else True) as bar,
     ):
         for iteration, batch in enumerate(batches, start):
             rate = learning_rate(iteration, options.total_iterations, options.warmup, options.peak_rate, options.final_rate)
             for group in optimizer.param_groups:
                 group["lr"] = rate
             optimizer.zero_grad(set_to_none=True)
-            loss, parts = _backward(detector, batch["image"].to(device), options)
-            norm = torch.nn.utils.clip_grad_norm_(list(detector.trainable_parameters()), options.gradient_clip)
-            value = loss.item()
-            if not math.isfinite(value) or not math.isfinite(norm.item()):
-                raise NumericError(_describe_failure(iteration, value, norm.item(), rate, batch["path"], last))
+            loss, parts = _backward(model, batch["image"].to(device), options)
+            norm = torch.nn.utils.clip_grad_norm_(list(detector.trainable_parameters()), options.gradient_clip).item()
+            (value, *part_values), stopped = stop.agree(torch.stack([loss.detach(), *parts.values()]))
+            if not math.isfinite(value) or not math.isfinite(norm):
+                raise NumericError(_describe_failure(iteration, value, norm, rate, joined(batch["path"]), last))
             optimizer.step()
 
             done = iteration + 1
             bar.update()
             bar.set_postfix(loss=f"{value:.4f}", lr=f"{rate:.2e}")
-            if done % options.log_every == 0 or done == options.total_iterations:
+            if is_main() and (done % options.log_every == 0 or done == options.total_iterations):
                 seconds = (time.perf_counter() - began) / (done - start)
-                log.training(done, value, rate, seconds, {name: part.item() for name, part in parts.items()})
-            if done % options.save_every == 0 or done == options.total_iterations or stop.signal_number:
-                save_training_state(last, detector, optimizer, done, identity)
-            if stop.signal_number and done < options.total_iterations:
-                logger.warning("stopped at iteration %d; %s is saved, go on with --resume", done, last)
-                raise Interrupted(stop.signal_number)
-    if stop.signal_number:
-        raise Interrupted(stop.signal_number)
+                log.training(done, value, rate, seconds, dict(zip(parts, part_values, strict=True)))
+            if done % options.save_every == 0 or done == options.total_iterations or stopped:
+                on_main(lambda done=done: save_training_state(last, detector, optimizer, done, identity))
+            if stopped and done < options.total_iterations:
+                if is_main():
+                    logger.warning("stopped at iteration %d; %s is saved, go on with --resume", done, last)
+                raise Interrupted(stopped)
+        _, stopped = stop.agree(torch.empty(0))
+    if stopped:
+        raise Interrupted(stopped)
 
 
-def _backward(detector: Detector, inputs: Tensor, options: TrainingOptions) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss of a batch and its parts, with the gradients computed."""
+class _TrainingLoss(nn.Module):
+    """The loss of a detector as a forward pass, which is what DistributedDataParallel wraps."""
+
+    def __init__(self, detector: Detector):
+        super().__init__()
+        self.detector = detector
+
+    def forward(self, inputs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        return self.detector.training_loss(inputs)
+
+
+def _loss_module(detector: Detector) -> nn.Module:
+    """Inputs -> loss and parts; with several processes the gradients become means over all, weights start as the main's."""
+    module = _TrainingLoss(detector)
+    if world_size() == 1:
+        return module
+    frozen = [name for name, _ in module.named_parameters() if name.startswith("detector.encoder.")]
+    constant = [name for name, _ in module.named_buffers()]  # set before the training, from what all processes see
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, frozen + constant)
+    fixed_gates = any(gate.mode == "binary" for gate in attention_gates(detector))  # their k and m get no gradient
+    with peers_expected():
+        return DistributedDataParallel(module, find_unused_parameters=fixed_gates)
+
+
+def _backward(model: nn.Module, inputs: Tensor, options: TrainingOptions) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss of this process's batch and its parts, with the gradients of all processes' batches computed."""
     try:
-        with autocast(inputs.device, options.precision):
-            loss, parts = detector.training_loss(inputs)
-        loss.backward()
-        return loss, parts
+        with peers_expected():
+            with autocast(inputs.device, options.precision):
+                loss, parts = model(inputs)
+            loss.backward()
+            return loss, parts
     except torch.OutOfMemoryError as error:
         raise ResourceError(
             f"out of device memory with --batch_size {options.batch_size}; lower it (results change with it), "
@@ -189,6 +210,7 @@ def save_training_state(path: Path, detector: Detector, optimizer: StableAdamW, 
             "optimizer": optimizer.state_dict(),
             "iteration": iteration,
             "random_state": random_state(),
+            "processes": world_size(),
             **identity,
         },
     )
@@ -196,6 +218,12 @@ def save_training_state(path: Path, detector: Detector, optimizer: StableAdamW, 
 
 def _restore(path: Path, detector: Detector, optimizer: StableAdamW, identity: dict) -> int:
     content = load_checkpoint(path)
+    processes = content.get("processes", 1)  # absent in files from before there were several
+    if processes != world_size():
+        raise UserError(
+            f"cannot resume: {str(path)!r} was saved by {processes} processes, this command has {world_size()}, and batches "
+            f"would differ; start it with torchrun --nproc_per_node {processes}, or start anew with --overwrite"
+        )
     for name, expected in identity.items():
         if content.get(name) != expected:
             raise UserError(

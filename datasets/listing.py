@@ -1,0 +1,77 @@
+"""What all layouts share: how a listing is asked for, and how names and files from elsewhere are kept harmless."""
+
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path, PureWindowsPath
+
+from common.errors import UserError
+
+LARGEST_INDEX = 200_000_000  # bytes of a json or csv file; the largest published one has a few million
+_NAMED = 10
+
+
+def refuse(sentence: str) -> None:
+    """Raise UserError with the sentence."""
+    raise UserError(sentence)
+
+
+@dataclass(frozen=True)
+class ListingOptions:
+    """How to read a data set.
+
+    Attributes:
+        allow_missing_masks: defective images without a mask are listed without one.
+        realiad_json: json folder of Real-IAD.
+        on_fault: called with a sentence for every fault after which listing could go on, as `scripts.check_dataset` wants
+            it; the default raises UserError.
+    """
+
+    allow_missing_masks: bool = False
+    realiad_json: str = "realiad_jsons"
+    on_fault: Callable[[str], None] = refuse
+
+
+DEFAULT_OPTIONS = ListingOptions()
+
+
+def enumerated(names: Iterable) -> str:
+    """The first ten names and dots for the others, quoted."""
+    names = list(names)
+    return ", ".join(repr(str(name)) for name in names[:_NAMED]) + (" ..." if len(names) > _NAMED else "")
+
+
+def leaves_folder(name: str) -> bool:
+    """True for a relative path that could point out of the folder it is joined to, on any system; symbolic links are not followed."""
+    path = PureWindowsPath(name)  # knows both kinds of slashes
+    return bool(path.drive or path.root) or ".." in path.parts
+
+
+def joined(folder: Path, name: str, where: str) -> Path:
+    """`folder / name`, for a name read from the file or line `where`; raises UserError if it is absolute or has `..`."""
+    if leaves_folder(name):
+        raise UserError(f"path refused: {where} points outside the data set: {name!r}; it must be relative to {str(folder)!r}")
+    return folder / name
+
+
+def read_index(path: Path, what: str) -> str:
+    """Text of an index file; raises UserError if it is absent, larger than 200 MB or no text."""
+    try:
+        size = path.stat().st_size
+        if size > LARGEST_INDEX:
+            raise UserError(
+                f"{what} too large: {str(path)!r} has {size} bytes, the limit is {LARGEST_INDEX}; is it the right file?"
+            )
+        return path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError as error:
+        raise UserError(f"{what} not found: {str(path)!r} does not exist; download it again or correct --data_path") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{what} unreadable: {str(path)!r} ({error}); download it again") from error
+
+
+def read_json(path: Path, what: str):
+    """Content of a json file; raises UserError if it is absent, too large or no JSON."""
+    try:
+        return json.loads(read_index(path, what))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{what} damaged: {str(path)!r} is no JSON ({error}); download it again") from error

@@ -1,0 +1,126 @@
+"""VisA: prepared as folders in MVTec layout, or as downloaded, where `split_csv/1cls.csv` says what each image is."""
+
+import csv
+import io
+from dataclasses import dataclass
+from pathlib import Path
+
+from common.errors import UserError
+from datasets import mvtec
+from datasets.images import list_images
+from datasets.listing import DEFAULT_OPTIONS, ListingOptions, enumerated, joined, read_index
+from datasets.records import Record
+
+SPLIT = Path("split_csv", "1cls.csv")
+TREE = (
+    "1cls/<item>/{train/good,test/good,test/bad}/*.JPG and 1cls/<item>/ground_truth/bad/<stem>.png, or as downloaded "
+    f"{SPLIT.as_posix()}, <item>/Data/Images/{{Normal,Anomaly}}/*.JPG and <item>/Data/Masks/Anomaly/*.png"
+)
+FORM = mvtec.Form(tree=TREE)
+_COLUMNS = ("object", "split", "label", "image", "mask")
+_SPLITS = ("train", "test")
+_DEFECTIVE = "anomaly"
+_LABELS = ("normal", _DEFECTIVE)
+
+
+@dataclass(frozen=True)
+class _Row:
+    where: str
+    label: str
+    image: Path
+    mask: Path | None
+
+
+def _prepared_root(root: Path) -> Path | None:
+    """Folder of the prepared categories, or None if `root` holds VisA as downloaded."""
+    if (root / "1cls").is_dir():
+        return root / "1cls"
+    return None if (root / SPLIT).is_file() else root
+
+
+def _lines(path: Path) -> list[dict]:
+    """Lines of the csv by column name; raises UserError if it is absent or not as published."""
+    reader = csv.DictReader(io.StringIO(read_index(path, "VisA split"), newline=""))
+    try:
+        columns, lines = reader.fieldnames or [], list(reader)
+    except csv.Error as error:
+        raise UserError(f"VisA split damaged: {str(path)!r} is no csv ({error}); download it again") from error
+    if not set(_COLUMNS) <= set(columns):
+        raise UserError(f"VisA split damaged: {str(path)!r} must begin with the line {','.join(_COLUMNS)}; download it again")
+    return lines
+
+
+def _rows(root: Path, item: str, split: str) -> list[_Row]:
+    """Lines of the csv for one category and split, checked; their files may be missing."""
+    path = root / SPLIT
+    rows = []
+    for number, line in enumerate(_lines(path), 2):
+        where = f"line {number} of {str(path)!r}"
+        name, part, label, image, mask = (line[column] for column in _COLUMNS)
+        if part not in _SPLITS or label not in _LABELS or not image:
+            raise UserError(
+                f"VisA split damaged: {where} has split {part!r}, label {label!r} and image {image!r}; expected train or test, "
+                "normal or anomaly, and a path; download it again"
+            )
+        if (name, part) == (item, split):
+            rows.append(_Row(where, label, joined(root, image, where), joined(root, mask, where) if mask else None))
+    if not rows:
+        raise UserError(
+            f"VisA split has no {split} images of {item!r}: {str(path)!r}; download it again or name others by --item"
+        )
+    return rows
+
+
+def _listed(rows: list[_Row], item: str, options: ListingOptions) -> list[Record]:
+    """Records in order of label and file name, as the prepared folders give them."""
+    absent = [row.image for row in rows if not row.image.is_file()]
+    if absent:
+        options.on_fault(f"{len(absent)} VisA images of {item!r} are missing: {enumerated(absent)}; unpack the data set again")
+    records, unmasked = [], []
+    for row in sorted(rows, key=lambda row: (row.label == _DEFECTIVE, row.image)):
+        if not row.image.is_file():
+            continue
+        if row.label != _DEFECTIVE:
+            records.append(Record(row.image, 0, item))
+            continue
+        has_mask = row.mask is not None and row.mask.is_file()
+        if not has_mask:
+            unmasked.append(row.image)
+        records.append(Record(row.image, 1, item, (row.mask,) if has_mask else (), _DEFECTIVE))
+    if unmasked and not options.allow_missing_masks:
+        options.on_fault(
+            f"{len(unmasked)} defective VisA images of {item!r} have no mask: {enumerated(unmasked)}; add them or give "
+            "--allow_missing_masks (pixel metrics on the rest)"
+        )
+    return records
+
+
+def train_records(root: Path, item: str, options: ListingOptions = DEFAULT_OPTIONS) -> list[Record]:
+    """Good images to train on; raises UserError if there are none or the csv is damaged."""
+    prepared = _prepared_root(root)
+    if prepared is not None:
+        return mvtec.train_records(prepared, item, options, FORM)
+    rows = _rows(root, item, "train")
+    for row in rows:
+        if row.label == _DEFECTIVE:
+            options.on_fault(
+                f"VisA split damaged: {row.where} trains on the defective image {str(row.image)!r}; download it again"
+            )
+    return [record for record in _listed(rows, item, options) if record.label == 0]
+
+
+def test_records(root: Path, item: str, options: ListingOptions = DEFAULT_OPTIONS) -> list[Record]:
+    """Test images; raises UserError if there are none, masks are missing or the csv is damaged."""
+    prepared = _prepared_root(root)
+    if prepared is not None:
+        return mvtec.test_records(prepared, item, options, FORM)
+    return _listed(_rows(root, item, "test"), item, options)
+
+
+def stray_masks(root: Path, item: str, options: ListingOptions = DEFAULT_OPTIONS) -> list[Path]:
+    """Masks that no test image has."""
+    prepared = _prepared_root(root)
+    if prepared is not None:
+        return mvtec.stray_masks(prepared, item, options, FORM)
+    folder, known = root / item / "Data" / "Masks" / "Anomaly", {row.mask for row in _rows(root, item, "test")}
+    return [path for path in list_images(folder) if path not in known] if folder.is_dir() else []

@@ -1,0 +1,218 @@
+"""Runs side by side: what was asked for and is there, which runs belong together, and how far they are from float."""
+
+import re
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from common.errors import UserError
+from datasets.catalog import LAYOUTS
+from utils.metrics import column_names
+from utils.published import SETTINGS
+from utils.result_files import Row
+from utils.run_results import Part, Run, folder_name, has_begun, load_run, merge_runs, missing_of, parts_of
+from utils.settings import IDENTITY_KEYS, PROTOCOL_KEYS
+
+# what a run shares with the float run that it is compared with
+_FLOAT_KEYS = (
+    "setting", "dataset", "shot", "per_category", "seed", "encoder", "pos_embed", "input_size", "crop_size", "INP_num",
+    *PROTOCOL_KEYS,
+)  # fmt: skip
+_REFERENCES = ("load_checkpoint", "distill_teacher", "test_checkpoint")  # names of other runs, which carry their seed
+
+
+@dataclass(frozen=True)
+class Average:
+    """Mean over runs, their sample standard deviation (None for one run) and their number; values are fractions."""
+
+    mean: float
+    deviation: float | None
+    count: int
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs that differ in nothing but their seed, each with its float run if there is one."""
+
+    parts: tuple[Part, ...]
+    floats: tuple[Part | None, ...]
+
+    @property
+    def stage(self) -> int:
+        return self.parts[0].run.config["clb_stage"]
+
+    @property
+    def items(self) -> list[str]:
+        """Categories that every run has."""
+        return _shared(self.parts)
+
+    @property
+    def pairs(self) -> list[tuple[Part, Part]]:
+        """(run, its float run) where there is one."""
+        return [(part, other) for part, other in zip(self.parts, self.floats, strict=True) if other is not None]
+
+    @property
+    def items_with_float(self) -> list[str]:
+        """Categories that every run and every float run has."""
+        return _shared([part for pair in self.pairs for part in pair])
+
+    def average(self, metric: str, items: Sequence[str]) -> Average | None:
+        """Of the runs' means over some categories."""
+        return _average([_mean([part.rows[item].get(metric) for item in items]) for part in self.parts])
+
+    def difference(self, metric: str, items: Sequence[str]) -> Average | None:
+        """Of the runs' mean differences to float over some categories that have the metric in both."""
+        return _average(
+            [_mean([_minus(part.rows[item], other.rows[item], metric) for item in items]) for part, other in self.pairs]
+        )
+
+
+@dataclass(frozen=True)
+class Section:
+    """All that belongs into one table of the paper: one setting on one data set, ordered by stage."""
+
+    setting: str
+    dataset: str
+    groups: tuple[Group, ...]
+
+    @property
+    def parts(self) -> list[Part]:
+        return [part for group in self.groups for part in group.parts]
+
+    @property
+    def metrics(self) -> list[str]:
+        """The seven metrics, then what this data set has beyond them."""
+        rows = [row for part in self.parts for row in part.rows.values()]
+        return list(column_names(rows))
+
+    @property
+    def items(self) -> list[str]:
+        """All categories that some run has, in the data set's order."""
+        found = dict.fromkeys(item for part in self.parts for item in (*part.expected, *part.rows))
+        return [item for item in found if any(item in part.rows for part in self.parts)]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Everything a report shows: its tables, what is missing as sentences, and what a reader must know beforehand."""
+
+    sections: tuple[Section, ...]
+    runs: tuple[Run, ...]
+    missing: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+
+def compare_runs(folders: Iterable[Path]) -> Comparison:
+    """Read run folders, join what belongs together, and pair every run with its float run.
+
+    Raises:
+        UserError: a folder is no run folder, two folders contradict each other, or none has a result yet.
+    """
+    folders = list(dict.fromkeys(folders))
+    begun = [folder for folder in folders if has_begun(folder)]
+    runs, warnings = merge_runs([load_run(folder) for folder in begun])
+    missing = [f"{folder}: nothing is trained yet" for folder in folders if folder not in begun]
+    missing += [line for run in runs for line in missing_of(run)]
+    finished = [run for run in runs if run.rows]
+    if not finished:
+        raise UserError(f"no results in {' '.join(map(str, folders))}; train at least one category, or correct the run folders")
+    protocols = {run.name: run.protocol for run in finished}
+    if len(set(protocols.values())) > 1:
+        lines = "; ".join(f"{name}: {text}" for name, text in protocols.items())
+        warnings.append(f"PROTOCOLS DIFFER, the rows are not comparable: {lines}")
+    return Comparison(_sections(finished), tuple(runs), tuple(missing), tuple(warnings))
+
+
+def _sections(runs: list[Run]) -> tuple[Section, ...]:
+    tables: dict[tuple[str, str], list[Part]] = {}
+    for run in runs:
+        for part in parts_of(run):
+            if part.rows:
+                tables.setdefault((run.setting, part.dataset), []).append(part)
+    settings, datasets = list(SETTINGS), list(LAYOUTS)
+
+    def rank(key: tuple[str, str]) -> tuple:
+        known = settings.index(key[0]) if key[0] in settings else len(settings)
+        return known, key[0], datasets.index(key[1]) if key[1] in datasets else len(datasets), key[1]
+
+    return tuple(Section(*key, _groups(tables[key])) for key in sorted(tables, key=rank))
+
+
+def _groups(parts: list[Part]) -> tuple[Group, ...]:
+    """Runs that differ only in seed together, in the order of stages; equal seeds are repetitions, kept apart."""
+    groups: list[list[Part]] = []
+    for part in parts:
+        for group in groups:
+            seeds = [other.run.config["seed"] for other in group]
+            if _but_for_seed(part.run) == _but_for_seed(group[0].run) and part.run.config["seed"] not in seeds:
+                group.append(part)
+                break
+        else:
+            groups.append([part])
+    for group in groups:
+        group.sort(key=lambda part: part.run.config["seed"])
+    made = [Group(tuple(group), tuple(_float_of(part, parts) for part in group)) for group in groups]
+    return tuple(sorted(made, key=lambda group: group.stage))
+
+
+def _but_for_seed(run: Run) -> dict:
+    """All that determines a run's numbers, without its seed and without the seed in the names it refers to."""
+    config = run.config
+    named = {key: _without_seed(config.get(key), config["seed"]) for key in _REFERENCES}
+    kept = {key: config.get(key) for key in (*IDENTITY_KEYS, *PROTOCOL_KEYS) if key not in ("seed", *_REFERENCES)}
+    return {**kept, **named, "weights": run.environment.get("encoder_sha256"), "test": folder_name(run)[1:]}
+
+
+def _without_seed(name: str | None, seed: int) -> str | None:
+    return None if name is None else re.sub(rf"-?seed{seed}(?!\d)-?", "", name)
+
+
+def _float_of(part: Part, parts: list[Part]) -> Part | None:
+    """The stage-0 run that a binary run compares with: same data, seed, encoder, sizes and protocol, and best also as long."""
+    config = part.run.config
+    if config["clb_stage"] == 0:
+        return None
+    wanted = {key: config.get(key) for key in _FLOAT_KEYS}
+    weights = part.run.environment.get("encoder_sha256")
+    candidates = [
+        other
+        for other in parts
+        if other.run.config["clb_stage"] == 0
+        and {key: other.run.config.get(key) for key in _FLOAT_KEYS} == wanted
+        and other.run.environment.get("encoder_sha256") == weights
+        and _measured(other.run) == _measured(part.run)
+    ]
+
+    def equally_long(other: Part) -> bool:
+        return all(other.run.config.get(key) == config.get(key) for key in ("total_iters", "total_epochs"))
+
+    return max(candidates, key=equally_long, default=None)
+
+
+def _measured(run: Run) -> tuple[str, ...]:
+    """What a test measured otherwise than the training did (forced gates aside: float has none), and zero-shot's source."""
+    training, *test = folder_name(run)
+    changed = re.sub(r"_gate=[^_]*$", "", "".join(test)).removeprefix("test")
+    return changed, *re.findall(r"_Source=(.*)_Target=", training)
+
+
+def _shared(parts: Sequence[Part]) -> list[str]:
+    return [item for item in parts[0].rows if all(item in part.rows for part in parts)] if parts else []
+
+
+def _minus(row: Row, other: Row, metric: str) -> float | None:
+    ours, floats = row.get(metric), other.get(metric)
+    return None if ours is None or floats is None else ours - floats
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.fmean(known) if known else None
+
+
+def _average(values: Iterable[float | None]) -> Average | None:
+    known = [value for value in values if value is not None]
+    if not known:
+        return None
+    return Average(statistics.fmean(known), statistics.stdev(known) if len(known) > 1 else None, len(known))

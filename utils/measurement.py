@@ -1,0 +1,141 @@
+"""What is measured of a category, from image scores and collected pixel scores."""
+
+import logging
+from dataclasses import dataclass
+
+import numpy as np
+import torch.distributed as dist
+
+from common.errors import CommandError, UserError
+from datasets.catalog import Layout
+from datasets.records import Record
+from utils.cache_plan import available_memory
+from utils.distributed import is_main, on_main, peers_expected, world_size
+from utils.metrics import METRIC_NAMES, PixelMetrics, ProMode, collected_pixel_metrics, kind_aurocs, ranking_metrics
+from utils.pixel_scores import BIN_COUNT, ExactPixelScores, HistogramPixelScores, PixelScores, exact_bytes
+from utils.protocol import METRIC_SIZE
+
+logger = logging.getLogger(__name__)
+
+_PIXELS = METRIC_SIZE**2
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One category's scores and metrics, without its maps.
+
+    Attributes:
+        paths, labels, kinds, scores, has_pixel_truth: per image.
+        empty_masks: defective images with known truth whose mask marks nothing within the crop.
+        metrics: by column name: the seven, then those that only some data sets have.
+        pixel_error: the exact pixel metrics lie at most this far from the given ones; None where these are exact.
+        mean_gate: share of the attention maps that was binary, None without gates.
+    """
+
+    paths: list[str]
+    labels: np.ndarray
+    kinds: list[str]
+    scores: np.ndarray
+    has_pixel_truth: np.ndarray
+    empty_masks: int
+    metrics: dict[str, float | None]
+    pixel_error: float | None
+    mean_gate: float | None
+
+
+def collector(records: list[Record], own_count: int, metrics_memory: float | None, pro_mode: ProMode, item: str) -> PixelScores:
+    """An empty collection for the pixel scores of `own_count` of the records; on the main process for those of all.
+
+    Every score is kept if that takes at most `metrics_memory` GB (None: half of the available memory), else bins.
+
+    Raises:
+        UserError: Dinomaly's AUPRO, which needs every score, would take more.
+    """
+    if on_main(lambda: _fits_exactly(records, metrics_memory, pro_mode, item)):
+        return ExactPixelScores(_PIXELS * (len(records) if is_main() else own_count))
+    return HistogramPixelScores()
+
+
+def _fits_exactly(records: list[Record], metrics_memory: float | None, pro_mode: ProMode, item: str) -> bool:
+    known = [record.label for record in records if record.has_pixel_truth]
+    need = exact_bytes(_PIXELS * len(known), _PIXELS * sum(known)) / 1e9
+    if world_size() > 1:
+        need *= 2  # on the processes that scored, and once more on the main one
+    allowed = available_memory() / 2 / 1e9 if metrics_memory is None else metrics_memory
+    if need <= allowed:
+        return True
+    if pro_mode == "dinomaly":
+        raise UserError(
+            f"{item}: --pro_mode dinomaly needs all pixel scores, about {need:.2g} GB, more than the {allowed:.2g} GB allowed; "
+            "give a larger --metrics_memory or --pro_mode exact"
+        )
+    logger.warning(
+        "%s: exact pixel metrics need about %.2g GB, --metrics_memory allows %.2g GB; they come from %d bins instead",
+        item,
+        need,
+        allowed,
+        BIN_COUNT,
+    )
+    return False
+
+
+def raise_first(error: CommandError | None) -> None:
+    """Raise on every process the error of the first process that has one; every process must call it."""
+    errors = [error]
+    if world_size() > 1:
+        errors = [None] * world_size()
+        with peers_expected():
+            dist.all_gather_object(errors, error)
+    for found in errors:
+        if found is not None:
+            raise found
+
+
+def mean_of_gates(gates: list[float | None]) -> float | None:
+    """Mean over images; None if the detector has no gates."""
+    return None if None in gates or not gates else sum(gates) / len(gates)
+
+
+def measurement_of(
+    records: list[Record],
+    scores: np.ndarray,
+    gates: np.ndarray,
+    empty: np.ndarray,
+    pixels: PixelScores,
+    pro_mode: ProMode,
+    item: str,
+    layout: Layout,
+) -> Measurement:
+    """All metrics of a category.
+
+    Args:
+        scores, gates, empty: (n,) per record: image score, mean gate (NaN without gates), whether its mask marks nothing.
+        pixels: gathered scores of all records with known truth.
+    """
+    labels, kinds = np.array([record.label for record in records], int), [record.kind for record in records]
+    metrics = collected_pixel_metrics(pixels, pro_mode)
+    if metrics.error is not None:
+        logger.info("%s: pixel metrics from %d bins; the exact values lie within ±%.1e", item, BIN_COUNT, metrics.error)
+    return Measurement(
+        paths=[str(record.path) for record in records],
+        labels=labels,
+        kinds=kinds,
+        scores=scores,
+        has_pixel_truth=np.array([record.has_pixel_truth for record in records], bool),
+        empty_masks=int(empty.sum()),
+        metrics=_columns(scores, labels, kinds, metrics, layout),
+        pixel_error=metrics.error,
+        mean_gate=mean_of_gates([None if np.isnan(gate) else gate for gate in gates.tolist()]),
+    )
+
+
+def _columns(
+    scores: np.ndarray, labels: np.ndarray, kinds: list[str], pixel: PixelMetrics, layout: Layout
+) -> dict[str, float | None]:
+    values = (*ranking_metrics(scores, labels), pixel.auroc, pixel.ap, pixel.f1, pixel.aupro)
+    columns = dict(zip(METRIC_NAMES, values, strict=True))
+    if layout.split_kinds:
+        columns |= kind_aurocs(scores, kinds, layout.split_kinds)
+    if layout.defect_regions:
+        columns["AU-sPRO"] = pixel.saturated_overlap
+    return columns

@@ -1,0 +1,127 @@
+"""Results that others published, from one data file that names the source of every row."""
+
+import csv
+from dataclasses import dataclass
+from pathlib import Path
+
+from common.errors import UserError
+from datasets.catalog import LAYOUTS
+from utils.metrics import METRIC_NAMES
+
+PUBLISHED_FILE = Path(__file__).with_name("published_results.csv")
+SETTINGS = (
+    "single-class", "multi-class", "super-multi-class", "few-shot 1", "few-shot 2", "few-shot 4", "zero-shot",
+)  # fmt: skip
+MEAN = "Mean"
+_KINDS = ("published", "reproduced", "claim")
+_CLAIMS = ("size_ratio", "flops_ratio", "auroc_loss")
+_COLUMNS = (
+    "kind", "method", "setting", "dataset", "item", *METRIC_NAMES, *_CLAIMS, "encoder", "input_size", "crop_size", "source",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class PublishedRow:
+    """One row: metrics in percent, as written by their authors, "" where none is given.
+
+    Attributes:
+        kind: `published` by the method's authors or others who compare with it, `reproduced` by a reader of the paper.
+        item: a category, or `Mean` of all categories.
+        encoder, input_size, crop_size: what it was measured with, "" if not stated or another kind of network.
+    """
+
+    kind: str
+    method: str
+    setting: str
+    dataset: str
+    item: str
+    metrics: dict[str, str]
+    encoder: str
+    input_size: str
+    crop_size: str
+    source: str
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A published claim relative to the float model: ratios of size and FLOPs, largest loss of I-AUROC in points."""
+
+    method: str
+    size_ratio: float
+    flops_ratio: float
+    auroc_loss: float
+    source: str
+
+
+@dataclass(frozen=True)
+class Published:
+    """The whole data file."""
+
+    rows: tuple[PublishedRow, ...]
+    claims: tuple[Claim, ...]
+
+    def of(self, setting: str, dataset: str) -> list[PublishedRow]:
+        """Rows of one table, means and categories."""
+        return [row for row in self.rows if (row.setting, row.dataset) == (setting, dataset)]
+
+
+def read_published(path: Path = PUBLISHED_FILE) -> Published:
+    """Read and check the data file; raises UserError naming the line that is wrong."""
+    with path.open(newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        if tuple(reader.fieldnames or ()) != _COLUMNS:
+            raise UserError(f"published results unusable: {str(path)!r} must have the columns {','.join(_COLUMNS)}")
+        lines = [(reader.line_num, line) for line in reader]
+    rows: list[PublishedRow] = []
+    claims: list[Claim] = []
+    for number, line in lines:
+        try:
+            _check(line)
+            if line["kind"] == "claim":
+                ratios = (float(line[name]) for name in _CLAIMS)
+                claims.append(Claim(line["method"], *ratios, source=line["source"]))
+                continue
+            row = _row(line)
+            if any(_place(row) == _place(other) for other in rows):
+                raise ValueError("is there twice")
+            rows.append(row)
+        except (ValueError, TypeError) as error:
+            raise UserError(f"published results unusable: {str(path)!r}, line {number}: {error}; correct it") from error
+    return Published(tuple(rows), tuple(claims))
+
+
+def _check(line: dict[str, str]) -> None:
+    if None in line or None in line.values():
+        raise ValueError(f"expected {len(_COLUMNS)} cells")
+    if line["kind"] not in _KINDS:
+        raise ValueError(f"kind {line['kind']!r} is none of {' '.join(_KINDS)}")
+    for name in ("method", "source"):
+        if not line[name].strip():
+            raise ValueError(f"{name} is empty")
+
+
+def _row(line: dict[str, str]) -> PublishedRow:
+    if line["setting"] not in SETTINGS:
+        raise ValueError(f"setting {line['setting']!r} is none of {', '.join(SETTINGS)}")
+    layout = LAYOUTS.get(line["dataset"])
+    if layout is None or layout.published_items is None:
+        raise ValueError(f"dataset {line['dataset']!r} is no published data set")
+    if line["item"] not in (MEAN, *layout.published_items):
+        raise ValueError(f"item {line['item']!r} is no category of {line['dataset']} and not {MEAN}")
+    if any(line[name] for name in _CLAIMS):
+        raise ValueError("ratios and losses belong to claims")
+    metrics = {name: line[name] for name in METRIC_NAMES}
+    numbers = {name: float(cell) for name, cell in metrics.items() if cell}
+    if not numbers:
+        raise ValueError("it has no metric")
+    for name, value in numbers.items():
+        if not 1 < value <= 100:
+            raise ValueError(f"{name} is {value:g}, expected percent")
+    fields = {
+        name: line[name] for name in ("kind", "method", "setting", "dataset", "item", "encoder", "input_size", "crop_size")
+    }
+    return PublishedRow(**fields, metrics=metrics, source=line["source"])
+
+
+def _place(row: PublishedRow) -> tuple[str, ...]:
+    return row.kind, row.method, row.setting, row.dataset, row.item
