@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from utils.arguments import base_parser
 from utils.command import run_command
 from utils.detectors import INP_FORMER
-from utils.experiment import run_experiment
+from utils.phases import run_experiment
 from utils.settings import settings_of
 
 

@@ -123,7 +123,8 @@ def measure(folder: Path, flags: list[str], num_workers: int) -> Measurement:
     lines: list[str] = []
     peaks: dict[str, int] = defaultdict(int)
     by_phase: dict[str, int] = defaultdict(int)
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+    environment = {"OMP_NUM_THREADS": "1", **os.environ}  # beside the loader workers
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment) as process:
         reader = threading.Thread(target=lambda: lines.extend(process.stderr), daemon=True)
         reader.start()
         while process.poll() is None:

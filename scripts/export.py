@@ -46,6 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="FOLDER|FILE",
         help="normal images for threshold and heat map scale, best not those of the training (default: its scores)",
     )
+    packed.add_argument("--item", metavar="CATEGORY", help="of a model of many: threshold and heat map scale of this one")
     packed.add_argument("--max_pixels", type=int, default=DEFAULT_MAX_PIXELS, help="refuse larger images")
     parser.add_argument("--quiet", action="store_true", help="warnings only")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
@@ -60,7 +61,9 @@ def export(arguments: argparse.Namespace) -> int:
         raise UserError(f"--output {str(output)!r} must end with .binaryad or .onnx")
     given = arguments.calibration_images
     images = list(find_images(given)) if given else None
-    threshold = ThresholdOptions(arguments.threshold_quantile, arguments.threshold_margin, images, arguments.max_pixels)
+    threshold = ThresholdOptions(
+        arguments.threshold_quantile, arguments.threshold_margin, images, arguments.max_pixels, arguments.item
+    )
     if suffix == ".onnx":
         _refuse_packed_flags(arguments)
         export_graph(arguments.checkpoint, output, threshold, arguments.encoder_weights)

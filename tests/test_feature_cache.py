@@ -15,6 +15,7 @@ from datasets.few_shot import FewShotDataset
 from datasets.mvtec import train_records
 from datasets.records import ImageDataset
 from tests.miniature import make_mvtec
+from utils.cache_plan import plan_cache
 from utils.feature_cache import FeatureDataset, bytes_per_image, cache_features, cached_count
 
 IDENTITY = {"encoder_sha256": "a", "precision": "fp32"}
@@ -42,6 +43,8 @@ def encode(tiny_detector):
 
 
 def cached(images, encode, folder, mode="disk", workers=0, **identity):
+    if mode == "auto":
+        mode = plan_cache({"train": len(images)}, bytes_per_image(56, encode), mode, folder)["train"]
     return cache_features(images, encode, {**IDENTITY, **identity}, mode, folder, 3, workers, "test")
 
 

@@ -8,6 +8,8 @@ import pytest
 import torch
 from sklearn.metrics import roc_auc_score
 
+import scripts.export
+from binarize.packed import read_file
 from datasets.records import ImageDataset, Record
 from models.build import RANDOM_TINY_ENCODER, build_encoder
 from tests.conftest import run_folder
@@ -202,3 +204,23 @@ def test_prototype_scoring_of_the_runs_own_model_has_its_own_folder(train_multi,
 def test_flags_that_cannot_work(train_multi, data, capsys, flags, expected):
     assert train_multi(*ITERATIONS, *flags, data=data) == 2
     assert expected in capsys.readouterr().err
+
+
+def test_packed_model_of_many_categories_can_be_meant_for_one(train_multi, tmp_path, data, capsys):
+    assert train_multi(*ITERATIONS, data=data) == 0
+    checkpoint = run_folder(tmp_path, NAME) / "model.pth"
+    content = load_checkpoint(checkpoint)
+    thresholds = {}
+    for item in (None, *ITEMS):
+        output = tmp_path / f"{item}.binaryad"
+        flags = ("--checkpoint", str(checkpoint), "--output", str(output), *(("--item", item) if item else ()))
+        assert scripts.export.main(flags) == 0
+        description = read_file(output)[1]
+        assert description["item"] == (item or "multi")
+        thresholds[item] = description["decision"]["threshold"]
+    for item in ITEMS:
+        assert thresholds[item] == pytest.approx(np.quantile(content["calibrations"][item]["scores"], 0.99))
+    assert len(content["calibration"]["scores"]) == 16
+    assert thresholds["bottle"] != thresholds["nut"]
+    assert scripts.export.main((*flags, "--item", "tubes")) == 2
+    assert "was trained on bottle nut" in capsys.readouterr().err

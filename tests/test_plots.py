@@ -1,5 +1,6 @@
 """Plots: where points, ticks and labels lie, against places computed by hand."""
 
+import itertools
 import re
 
 import pytest
@@ -65,7 +66,7 @@ def test_labels_of_many_equal_points_do_not_overlap_and_fit_into_the_picture():
     found = labels(svg, "run-")
     assert [text for _, _, text in found] == [point.label for point in points]
     rows = [y for _, y, _ in found]
-    assert min(after - before for before, after in zip(rows, rows[1:], strict=False)) >= 14.9
+    assert min(after - before for before, after in itertools.pairwise(rows)) >= 14.9
     assert max(rows) < height
     assert all(x > RIGHT and x + 6 * len(text) < width for x, _, text in found)
 

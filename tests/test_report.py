@@ -10,6 +10,7 @@ from PIL import Image
 from common.errors import UserError
 from datasets.catalog import ListingOptions
 from tests.miniature import save
+from tests.run_folders import make_run
 from utils.evaluation import Evaluation
 from utils.metrics import METRIC_NAMES
 from utils.pictures import heat_map, outline, outline_level, pick_worst_and_best, write_contact_sheet

@@ -32,13 +32,15 @@ _LARGEST_SHARE_DIFFERING = 0.01  # rounding turns a few in a million; a wrong ke
 class ThresholdOptions:
     """Decision threshold: a quantile of the scores of normal images, times a margin.
 
-    `images`: normal images to score with the exported model; None for the scores that training stored.
+    `images`: normal images to score with the exported model; None for the scores that training stored, of the category
+    `item` alone if a model of many categories is meant for one.
     """
 
     quantile: float = DEFAULT_QUANTILE
     margin: float = 1.0
     images: list[Path] | None = None
     max_pixels: int = 0
+    item: str | None = None
 
 
 def check_exportable(content: dict, path: Path) -> None:
@@ -72,6 +74,22 @@ def transform_of(content: dict) -> dict:
     }
 
 
+def for_category(content: dict, item: str | None, path: Path) -> dict:
+    """A checkpoint's content as if its model were trained for one of its categories; None for all of them.
+
+    Raises:
+        UserError: the model knows no such category.
+    """
+    if item is None or item == content["item"]:
+        return content
+    known = content.get("calibrations", {})
+    if item not in known:
+        raise UserError(
+            f"--item {item!r}: {str(path)!r} was trained on {' '.join(known or [content['item']])}; choose from these"
+        )
+    return {**content, "item": item, "calibration": known[item]}
+
+
 def export_packed(
     checkpoint: Path, output: Path, options: PackingOptions, threshold: ThresholdOptions, encoder_weights: str | None
 ) -> None:
@@ -83,6 +101,7 @@ def export_packed(
     check_exportable(load_checkpoint(checkpoint), checkpoint)
     check_writable(output)
     detector, content = load_detector(checkpoint, encoder_weights)
+    content = for_category(content, threshold.item, checkpoint)
     if content["config"]["act_bits"] == 1:
         _prove(detector, content)
     packed = packed_copy(detector, options)
@@ -99,6 +118,7 @@ def export_graph(checkpoint: Path, output: Path, threshold: ThresholdOptions, en
     check_writable(output)
     detector, content = load_detector(checkpoint, encoder_weights)
     check_complete(content, checkpoint)
+    content = for_category(content, threshold.item, checkpoint)
     decision, scale = _decision(detector, content, threshold)
     metadata = describe(detector, {**content, "calibration": scale}, decision, transform_of(content))
     difference = export_onnx(detector, metadata, output)

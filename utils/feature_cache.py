@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from utils.array_file import ArrayFile, Blocks, MappedArray, content_key, loaded_rows, open_array
-from utils.cache_plan import plan_cache, size_text
+from utils.cache_plan import size_text
 from utils.distributed import on_main
 
 logger = logging.getLogger(__name__)
@@ -63,30 +63,27 @@ def cache_features(
     images: Dataset,
     encode: Callable[[Tensor], Tensor],
     identity: dict,
-    mode: str,
+    place: str,
     folder: Path,
     batch_size: int,
     num_workers: int,
     description: str,
 ) -> Dataset:
-    """The same records with cached features, or `images` itself if the mode is "off" or nothing is large enough.
+    """The same records with cached features, or `images` itself if the place is "off".
 
     Args:
         images: `ImageDataset`, or what has its `records`, `image`, `annotations`, sizes and `identity`.
         encode: images (B, 3, H, W) on the CPU -> features on the CPU.
         identity: what besides the images determines the features: weights' hash, taps, transform, precision.
-        mode: a place from `plan_cache`; or auto, to plan for these images alone.
+        place: off, ram or disk, as `plan_cache` found or the user asked.
     """
-    if mode == "off" or not len(images):
+    if place == "off" or not len(images):
         return images
     path = on_main(lambda: _path(images, identity, folder))
-    if mode != "ram" and on_main(lambda: _is_complete(path, len(images))):
+    if place != "ram" and on_main(lambda: _is_complete(path, len(images))):
         logger.info("feature cache: %s: %d images found in %s", description, len(images), path)
         return FeatureDataset(images, MappedArray(path))
     file = ArrayFile(path, len(images), _row_shape(images.crop_size, encode), np.float16, "feature", "ram or off")
-    place = plan_cache({"train": file.count}, file.row_bytes, mode, folder)["train"] if mode == "auto" else mode
-    if place == "off":
-        return images
     started = time.perf_counter()
 
     def encoded(part: range) -> Generator[np.ndarray, None, None]:

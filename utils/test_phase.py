@@ -1,0 +1,83 @@
+"""The test phase: evaluate models that exist, the run's own or one of another training."""
+
+import logging
+from pathlib import Path
+
+from binarize.stages import force_gates
+from common.errors import UserError
+from utils.categories import log_data
+from utils.checkpoint import load_checkpoint
+from utils.detectors import open_checkpoint
+from utils.distributed import on_main, only_on_main
+from utils.experiment import Experiment, count_cost, evaluate_category, log_start, others_go_on, plan
+from utils.logs import log_to_file
+from utils.prepared_data import test_images
+from utils.report import write_run_report
+from utils.run_folder import RunFolder
+from utils.settings import MEASURING_KEYS, PROTOCOL_KEYS, changed_protocol
+
+logger = logging.getLogger(__name__)
+
+
+def test_phase(experiment: Experiment) -> RunFolder:
+    """Evaluate the run's own models; anything measured otherwise than in training gets a folder of its own."""
+    settings, run, stage = experiment.settings, experiment.run, experiment.settings.model.stage
+    stored = run.stored_config()
+    if stored is None:
+        raise UserError(
+            f"no run to test: {str(run.path)!r} does not exist; train it first, or correct --save_dir and --save_name"
+        )
+    paths = {model.name: model.folder(run.path) / "model.pth" for model in experiment.models}
+    for model in experiment.models:
+        content = open_checkpoint(paths[model.name], experiment.description(model), (stage,), f"--clb_stage {stage}")
+        unknown = [item for item in model.items if item not in content.get("items", model.items)]
+        if unknown:
+            logger.warning("%s: not among the categories that %s was trained on", " ".join(unknown), paths[model.name])
+    changed = changed_protocol(stored, settings)
+    output = RunFolder(run.path / "_".join(["test", *changed])) if changed else run
+    with only_on_main(run.lock()):
+        if changed:
+            measured = {key: settings.config[key] for key in MEASURING_KEYS}
+            on_main(lambda: output.write_yaml("config.yaml", {**stored, **measured}))
+        _test_models(experiment, output, paths, training_folder=run.path)
+    return output
+
+
+def zero_shot_phase(experiment: Experiment) -> RunFolder:
+    """Evaluate a model of another training on these categories, in a run folder that names source and target."""
+    settings, stage, path = experiment.settings, experiment.settings.model.stage, experiment.settings.test_checkpoint
+    expected = experiment.description(experiment.models[0])
+    content = open_checkpoint(path, expected, (stage,), f"--clb_stage {stage}", same_data=False)
+    output = RunFolder(settings.zero_shot_path(content["config"]["dataset"]))
+    with only_on_main(output.lock()):
+
+        def open_folder() -> None:
+            keys = ("test_checkpoint", "realiad_json", *PROTOCOL_KEYS)
+            if output.claim(settings.config, keys, experiment.encoder.weights_sha256, settings.overwrite):
+                output.clear()
+            output.write_yaml("config.yaml", settings.config)
+            output.write_environment(experiment.encoder, experiment.device, settings.training.seed, experiment.wanted)
+            count_cost(output, experiment.restored(content, path), settings.data.crop_size)
+
+        on_main(open_folder)
+        paths = {model.name: path for model in experiment.models}
+        _test_models(experiment, output, paths, training_folder=output.path)
+    return output
+
+
+def _test_models(experiment: Experiment, output: RunFolder, paths: dict[str, Path], training_folder: Path) -> None:
+    settings = experiment.settings
+    with only_on_main(log_to_file(output.path / "log.txt")):
+        log_start(experiment)
+        on_main(lambda: output.forget_failures(experiment.wanted))
+        places = plan(experiment)
+        for model in experiment.models:
+            content = load_checkpoint(paths[model.name])
+            detector = experiment.restored(content, paths[model.name])
+            force_gates(detector, settings.model.forced_gate)
+            for category in model.categories:
+                log_data(category)
+                with others_go_on(output, [category.item], alone=len(experiment.wanted) == 1):
+                    data = test_images(settings, category, detector, places)
+                    evaluate_category(experiment, output, category, detector, data, content)
+                on_main(lambda: write_run_report(output.path, training_folder=training_folder))

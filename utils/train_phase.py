@@ -1,0 +1,145 @@
+"""The training phase: train, save and evaluate every model of a command that is not finished."""
+
+import logging
+
+from binarize.stages import calibrate
+from common.errors import UserError
+from models.detector import Detector
+from utils.categories import ModelData, log_data
+from utils.checkpoint import save_checkpoint
+from utils.detectors import check_referenced_checkpoints, open_checkpoint, start_detector
+from utils.devices import seed_everything
+from utils.distributed import on_main, only_on_main, world_size
+from utils.experiment import Experiment, count_cost, evaluate_category, log_start, others_go_on, plan
+from utils.logs import log_to_file
+from utils.prepared_data import Places, PreparedData, prepare
+from utils.report import write_run_report
+from utils.result_files import MetricsLog, write_chosen_files
+from utils.results import calibrations_of
+from utils.run_folder import RunFolder
+from utils.settings import IDENTITY_KEYS, PROTOCOL_KEYS
+from utils.training import TrainingOptions, first_global_batch, fit
+
+logger = logging.getLogger(__name__)
+
+
+def train_phase(experiment: Experiment) -> RunFolder:
+    """Train and evaluate every model that is not finished; returns the folder with the results."""
+    settings, run = experiment.settings, experiment.run
+    for model in experiment.models:
+        check_referenced_checkpoints(settings, model, experiment.encoder, experiment.host)
+    with only_on_main(run.lock()):
+        if not on_main(lambda: _claim(experiment)):
+            on_main(lambda: _check_untouched(experiment))
+        on_main(lambda: run.forget_failures(experiment.wanted))
+        with only_on_main(log_to_file(run.path / "log.txt")):
+            log_start(experiment)
+            places = plan(experiment)
+            for model in experiment.models:
+                if settings.resume and run.rows().keys() >= set(model.items):
+                    path = model.folder(run.path) / "model.pth"
+                    open_checkpoint(path, experiment.description(model), (settings.model.stage,), "--resume")
+                    logger.info("%s: already finished, skipped (--resume)", model.name)
+                    continue
+                with others_go_on(run, model.items, alone=len(experiment.models) == 1):
+                    _train_model(experiment, model, places)
+                on_main(lambda: write_run_report(run.path) if run.stored_config() else None)
+    return run
+
+
+def _claim(experiment: Experiment) -> bool:
+    """Check that this command may write into its run folder; true if it holds another run, to be deleted first."""
+    settings = experiment.settings
+    keys = (*IDENTITY_KEYS, *PROTOCOL_KEYS, *(("item",) if settings.one_model else ()))
+    return experiment.run.claim(settings.config, keys, experiment.encoder.weights_sha256, settings.overwrite)
+
+
+def _check_untouched(experiment: Experiment) -> None:
+    """Without --resume or --overwrite nothing that an earlier run trained is touched."""
+    settings, run = experiment.settings, experiment.run
+    if settings.resume or settings.overwrite:
+        return
+    trained = [
+        model.name
+        for model in experiment.models
+        if any((model.folder(run.path) / name).exists() for name in ("model.pth", "last.pth"))
+    ]
+    if trained:
+        raise UserError(
+            f"{str(run.path)!r} already holds training of {' '.join(trained)}; give --resume to go on (finished categories "
+            "are skipped) or --overwrite to train them anew"
+        )
+
+
+def _train_model(experiment: Experiment, model: ModelData, places: Places) -> None:
+    """Train, save and evaluate one model; what an earlier run left is deleted only when all that can fail early is done."""
+    settings, run = experiment.settings, experiment.run
+    for category in model.categories:
+        log_data(category)
+    seed_everything(settings.training.seed)
+    detector = start_detector(settings, model, experiment.encoder, experiment.host, experiment.device)
+    finished = run.rows().keys() if settings.resume else set()
+    data = prepare(settings, model, detector, places, finished)
+    on_main(lambda: _open_folder(experiment, model, detector))
+
+    folder, expected = model.folder(run.path), experiment.description(model)
+    path = folder / "model.pth"
+    if path.is_file() and not (folder / "last.pth").is_file():
+        content = open_checkpoint(path, expected, (settings.model.stage,), "--resume")
+        detector = experiment.restored(content, path)
+        logger.info("%s: already trained, only evaluated (--resume)", model.name)
+    else:
+        _fit(experiment, model, detector, data)
+        content = {
+            **expected,
+            **on_main(lambda: calibrations_of(settings, detector, data.normal, model)),
+            "protocol": {key: settings.config[key] for key in PROTOCOL_KEYS},
+        }
+        on_main(lambda: save_checkpoint(path, {"model": detector.trained_state(), **content}))
+    for category in model.categories:
+        if category.item not in finished:
+            with others_go_on(run, [category.item], alone=len(experiment.wanted) == 1):
+                evaluate_category(experiment, run, category, detector, data.test[category.item], content)
+    on_main(lambda: (folder / "last.pth").unlink(missing_ok=True))  # finished: model.pth and its rows are on disk
+
+
+def _open_folder(experiment: Experiment, model: ModelData, detector: Detector) -> None:
+    """Make the run folder ready for a training of this model: settings, environment, cost; nothing of an earlier one."""
+    settings, run = experiment.settings, experiment.run
+    if _claim(experiment):
+        run.clear()
+    if not settings.resume:
+        run.forget(model.name, model.items, model.folder(run.path))
+    run.write_yaml("config.yaml", settings.config)
+    run.write_environment(experiment.encoder, experiment.device, settings.training.seed, experiment.wanted)
+    if settings.data.shot is not None:
+        chosen = [(category.item, name) for category in model.categories for name in category.chosen_files()]
+        write_chosen_files(model.folder(run.path) / "chosen_files.csv", chosen)
+        for item, name in chosen:
+            logger.info("%s: trains on %s", item, name)
+    count_cost(run, detector, settings.data.crop_size)
+
+
+def _fit(experiment: Experiment, model: ModelData, detector: Detector, data: PreparedData) -> None:
+    settings, run = experiment.settings, experiment.run
+    options = settings.training_for(model.name, len(data.train))
+    logger.info("%s: %s", model.name, _describe_training(options))
+    calibrated = calibrate(detector, first_global_batch(data.train, options).to(detector.device))
+    if calibrated:
+        logger.info("%s: thresholds and scales of %d binary layers set from the first batch", model.name, calibrated)
+    identity = {
+        **experiment.description(model),
+        "image_count": len(data.train),
+        "total_iterations": options.total_iterations,
+        "features": data.features,
+    }
+    log = MetricsLog(run.path / "metrics.jsonl", model.name)
+    fit(detector, data.train, options, model.folder(run.path), identity, log, settings.resume)
+
+
+def _describe_training(options: TrainingOptions) -> str:
+    processes = f" in each of {world_size()} processes" if world_size() > 1 else ""
+    return (
+        f"{options.total_iterations} iterations of {options.batch_size} images{processes}, warm-up {options.warmup}, "
+        f"precision {options.precision}"
+    )
