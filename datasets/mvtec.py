@@ -116,7 +116,7 @@ def _defective_records(kind: Path, truth: Path, item: str, options: ListingOptio
     if (truth / kind.name).is_dir():
         twins = sorted(path.name for path in images if stems.count(path.stem) > 1) if len(set(stems)) < len(stems) else []
         if twins:
-            options.on_fault(f"images share a stem in {str(kind)!r}: {enumerated(twins)}; rename them, as masks go by stem")
+            options.on_fault(f"images share one stem in {str(kind)!r}: {enumerated(twins)}; rename them, as masks go by stem")
         masks = form.find_masks(truth / kind.name, images, options)
     missing = [path.name for path in images if path.stem not in masks]
     if missing and not options.allow_missing_masks and not (form.truth_optional and not truth.is_dir()):

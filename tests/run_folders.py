@@ -26,12 +26,15 @@ def row(auroc: float | None, **further: float) -> dict[str, float | None]:
     return {**dict.fromkeys(METRIC_NAMES), "I-AUROC": auroc, **known}
 
 
-def make_run(root: Path, rows: dict, *flags: str, setting: str = "single", stage: int = 0, items=(), inside: str = "") -> Path:
+def make_run(
+    root: Path, rows: dict, *flags: str, setting: str = "single", stage: int = 0, items=(), inside: str = "", weights: str = "e"
+) -> Path:
     """A run folder below `root`.
 
     Args:
         flags: of the training script, beyond data set (MVTec-AD) and stage.
         items: what env.json names as asked for.
+        weights: hash of the encoder's weights.
         inside: name of the folder of a test with another protocol, which gets the rows and the flags instead.
     """
     start = ["--dataset", "MVTec-AD", "--data_path", "data", "--clb_stage", str(stage), "--total_iters", "100"]
@@ -44,7 +47,7 @@ def make_run(root: Path, rows: dict, *flags: str, setting: str = "single", stage
         environment = {
             "commit": "c0ffee",
             "date": "2026-01-02",
-            "encoder_sha256": "e",
+            "encoder_sha256": weights,
             "encoder_source": "hub",
             "device": "cpu",
         }

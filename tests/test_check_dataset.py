@@ -49,7 +49,8 @@ def test_faults_of_one_record(tmp_path):
     empty, full = save(tmp_path / "empty.png", ramp * 0), save(tmp_path / "full.png", ramp)
     small, broken = save(tmp_path / "small.png", ramp[:9] + 1), tmp_path / "broken.png"
     broken.write_bytes(b"no image")
-    assert record_faults(Record(image, 1, "part", (empty, full))) == ([], [])
+    for masks in ((empty, full), (full, empty)):
+        assert record_faults(Record(image, 1, "part", masks)) == ([], [])
     errors, warnings = record_faults(Record(image, 1, "part", (empty,)))
     assert not errors
     assert "empty mask" in warnings[0]
@@ -98,6 +99,7 @@ def test_totals_of_all_categories(tmp_path, capsys):
     assert lines["BTAD/02"][6] == "399/30/200"
     assert lines["MVTec-LOCO/breakfast_box"][1:7] == ["6", "3", "4", "2", "15", "351/102/173/62"]
     assert "MVTec-LOCO (total)" not in printed
+    assert "total" not in checked(capsys, "BTAD", root, flags=("--item", "01", "02"))[1]
 
 
 def test_total_of_another_split_is_not_compared(tmp_path, capsys):

@@ -82,6 +82,16 @@ def test_a_float_run_of_another_kind_is_not_compared_with(tmp_path, flags):
     assert groups[1].pairs == []
 
 
+def test_runs_on_other_encoder_weights_are_neither_compared_nor_averaged(tmp_path):
+    runs = [
+        make_run(tmp_path, FLOAT_ROWS, weights="other"),
+        make_run(tmp_path, FLOAT_ROWS, stage=1),
+        make_run(tmp_path, FLOAT_ROWS, "--seed", "2", "--save_name", "second", stage=1, weights="other"),
+    ]
+    groups = only_section(*runs).groups
+    assert [(len(group.parts), group.pairs) for group in groups] == [(1, [])] * 3
+
+
 def test_of_several_float_runs_the_equally_long_one_is_compared_with(tmp_path):
     long = make_run(tmp_path, {"bottle": row(1.0)}, "--total_iters", "300", "--save_name", "float-control")
     short = make_run(tmp_path, {"bottle": row(0.9)}, "--save_name", "float")
@@ -164,6 +174,16 @@ def test_the_same_name_with_another_configuration_is_another_run(tmp_path):
     assert comparison.warnings == (
         f"{one} and {two} have the same name but differ in batch_size; they are shown as separate runs",
     )
+
+
+@pytest.mark.parametrize(
+    ("flags", "weights", "reason"), [(("--data_path", "other"), "e", "data_path"), ((), "f", "encoder weights")]
+)
+def test_runs_of_one_name_on_other_data_or_weights_are_not_joined(tmp_path, flags, weights, reason):
+    one = make_run(tmp_path / "a", {"cable": row(0.8)}, "--dataset", "Folder")
+    two = make_run(tmp_path / "b", {"bottle": row(0.7)}, "--dataset", "Folder", *flags, weights=weights)
+    (warning,) = compare_runs([one, two]).warnings
+    assert f"differ in {reason};" in warning
 
 
 def test_models_of_all_categories_are_not_joined_if_they_saw_other_categories(tmp_path):
