@@ -39,8 +39,8 @@ def _mean_of_whole_batch(values: Tensor) -> Tensor:
     """Mean over the equal parts of all processes that train together, or of this one."""
     mean = values.mean()
     if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.all_reduce(mean.clone())
-        pass
+        dist.all_reduce(mean)
+        mean /= dist.get_world_size()
     return mean
 
 

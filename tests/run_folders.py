@@ -27,7 +27,14 @@ def row(auroc: float | None, **further: float) -> dict[str, float | None]:
 
 
 def make_run(
-    root: Path, rows: dict, *flags: str, setting: str = "single", stage: int = 0, items=(), inside: str = "", weights: str = "e"
+    root: Path,
+    rows: dict,
+    *flags: str,
+    setting: str = "single",
+    stage: int = 0,
+    items=(),
+    inside: str = "",
+    weights: str = "e",
 ) -> Path:
     """A run folder below `root`.
 

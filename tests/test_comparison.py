@@ -200,9 +200,10 @@ def test_runs_that_differ_only_in_seed_need_no_warning_about_their_name(tmp_path
     assert len(comparison.sections[0].groups[0].parts) == 2
 
 
-def test_different_protocols_are_announced(tmp_path):
-    runs = [make_run(tmp_path, FLOAT_ROWS), make_run(tmp_path, FLOAT_ROWS, "--mask_threshold", "0", stage=1)]
-    (warning,) = compare_runs(runs).warnings
+@pytest.mark.parametrize("stage", [0, 1])
+def test_different_protocols_are_announced(tmp_path, stage):
+    runs = [make_run(tmp_path, FLOAT_ROWS), make_run(tmp_path / "b", FLOAT_ROWS, "--mask_threshold", "0", stage=stage)]
+    warning = compare_runs(runs).warnings[-1]
     assert warning.startswith("PROTOCOLS DIFFER")
     assert "mask: > 0.5" in warning
     assert "mask: > 0;" in warning

@@ -117,9 +117,8 @@ def compare_runs(folders: Iterable[Path]) -> Comparison:
     finished = [run for run in runs if run.rows]
     if not finished:
         raise UserError(f"no results in {' '.join(map(str, folders))}; train at least one category, or correct the run folders")
-    protocols = {run.name: run.protocol for run in finished}
-    if len(set(protocols.values())) > 1:
-        lines = "; ".join(f"{name}: {text}" for name, text in protocols.items())
+    if len({run.protocol for run in finished}) > 1:
+        lines = "; ".join(f"{run.folders[0]}: {run.protocol}" for run in finished)
         warnings.append(f"PROTOCOLS DIFFER, the rows are not comparable: {lines}")
     return Comparison(_sections(finished), tuple(runs), tuple(missing), tuple(warnings))
 

@@ -51,7 +51,7 @@ def write_page(path: Path, comparison: Comparison, published: Published) -> None
         parts.append(f"<h2>{section.setting}, {html.escape(section.dataset)}</h2>")
         parts += [results.html(3), cost.html(3), *plots(section), categories.html(3)]
     parts.append(provenance_table(comparison.runs).html(2))
-    folders = [folder for run in comparison.runs if run.rows for folder in run.folders]
+    folders = [folder for run in comparison.runs for folder in run.folders if (folder / "results.csv").is_file()]
     write_text(path, page([*parts, *(run_section(folder, training_folder(folder)) for folder in folders)]))
 
 

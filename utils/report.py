@@ -15,6 +15,7 @@ from utils.metrics import column_names
 from utils.plots import loss_curve, score_histogram
 from utils.protocol import EvaluationOptions
 from utils.result_files import Row, mean_rows, read_metrics, read_results
+from utils.run_folder import RunFolder
 from utils.tables import format_cost, format_rows, html_rows
 
 _STYLE = """
@@ -83,13 +84,13 @@ def run_section(folder: Path, training_folder: Path) -> str:
     """All of one run as HTML: table, cost, loss curves, score histograms and contact sheets."""
     own = folder / "config.yaml"
     config = yaml.safe_load((own if own.is_file() else training_folder / "config.yaml").read_text())
-    environment = json.loads((training_folder / "env.json").read_text())
+    encoder_source = RunFolder(training_folder).environment().get("encoder_source", "unknown")
     rows, cost = read_results(folder / "results.csv"), read_cost(training_folder / "cost.json")
     losses = _losses(training_folder / "metrics.jsonl")
     parts = [
         f"<h1>{html.escape(folder.name)}</h1>",
         f'<p class="note">CLB stage {config["clb_stage"]} · {html.escape(config["encoder"])}, weights: '
-        f"{html.escape(environment['encoder_source'])} · crop {config['crop_size']} px · seed {config['seed']}<br>"
+        f"{html.escape(encoder_source)} · crop {config['crop_size']} px · seed {config['seed']}<br>"
         f"{html.escape(EvaluationOptions.from_config(config).describe())}; percent, n/a where a metric is not defined</p>",
         html_rows(result_rows(rows)),
     ]

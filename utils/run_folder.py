@@ -26,7 +26,7 @@ from utils.result_files import MetricsLog, Row, read_failures, read_results, wri
 
 logger = logging.getLogger(__name__)
 
-_NOT_A_RUN = ("run.lock", "log.txt", "failures.csv")
+NOT_A_RUN = ("run.lock", "log.txt", "failures.csv")
 
 
 def run_folder_name(
@@ -80,7 +80,7 @@ class RunFolder:
             ResourceError: it cannot be written.
         """
         stored = self.stored_config()
-        if stored is None and self.path.is_dir() and any(child.name not in _NOT_A_RUN for child in self.path.iterdir()):
+        if stored is None and self.path.is_dir() and any(child.name not in NOT_A_RUN for child in self.path.iterdir()):
             raise UserError(f"{str(self.path)!r} exists and is no run folder (no config.yaml); choose another --save_name")
         if stored is not None:
             differences = [
@@ -107,7 +107,7 @@ class RunFolder:
     def clear(self) -> None:
         """Delete the run but its log."""
         for child in self.path.iterdir():
-            if child.name in _NOT_A_RUN:
+            if child.name in NOT_A_RUN:
                 continue
             shutil.rmtree(child) if child.is_dir() else child.unlink()
 

@@ -10,11 +10,10 @@ from datasets.catalog import LAYOUTS
 from utils.protocol import EvaluationOptions
 from utils.report import read_cost
 from utils.result_files import Row
-from utils.run_folder import RunFolder
+from utils.run_folder import NOT_A_RUN, RunFolder
 from utils.settings import IDENTITY_KEYS, PROTOCOL_KEYS
 
 TIMING_FILE = "timing.json"
-_BEFORE_TRAINING = ("run.lock", "log.txt")  # what a training writes before it knows that it can begin
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,7 @@ class Part:
 
 def has_begun(folder: Path) -> bool:
     """Whether there is more than the lock and the log of a training that did not come to its first category."""
-    return folder.exists() and not (folder.is_dir() and all(child.name in _BEFORE_TRAINING for child in folder.iterdir()))
+    return folder.exists() and not (folder.is_dir() and all(child.name in NOT_A_RUN for child in folder.iterdir()))
 
 
 def load_run(folder: Path) -> Run:
