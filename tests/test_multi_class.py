@@ -224,3 +224,77 @@ def test_packed_model_of_many_categories_can_be_meant_for_one(train_multi, tmp_p
     assert thresholds["bottle"] != thresholds["nut"]
     assert scripts.export.main((*flags, "--item", "tubes")) == 2
     assert "was trained on bottle nut" in capsys.readouterr().err
+
+
+def zero_shot_folder(tmp_path, target: str, gate: str = ""):
+    folder = run_folder(tmp_path, "INP-Former-Zero-Shot", dataset=None)
+    return folder.with_name(f"{folder.name}_Source=Folder_Target={target}{gate}")
+
+
+def test_zero_shot_results_of_another_model_gate_or_folder_do_not_mix(train_multi, tmp_path, data, capsys):
+    model = run_folder(tmp_path, NAME) / "model.pth"
+    test = ("--phase", "test", "--scoring", "prototype", "--test_checkpoint", str(model))
+    assert train_multi(*ITERATIONS, data=data) == 0
+    assert train_multi(*test, data=data) == 0
+    kept = (zero_shot_folder(tmp_path, "Folder") / "results.csv").read_bytes()
+    assert train_multi(*test, "--force_gate", "0", data=data) == 0
+    assert (zero_shot_folder(tmp_path, "Folder", "_gate=0") / "results.csv").is_file()
+    other = make_mvtec(tmp_path / "other", items=("tubes",))
+    assert train_multi(*test, data=other) == 2
+    assert "data_path" in capsys.readouterr().err
+    assert train_multi(*ITERATIONS, "--overwrite", "--seed", "2", data=data) == 0
+    assert train_multi(*test, data=data) == 2
+    assert "model of sha256" in capsys.readouterr().err
+    assert (zero_shot_folder(tmp_path, "Folder") / "results.csv").read_bytes() == kept
+    assert train_multi(*test, "--overwrite", data=data) == 0
+    assert (zero_shot_folder(tmp_path, "Folder") / "results.csv").read_bytes() != kept
+
+
+def test_categories_of_another_folder_do_not_mix_into_a_run(train, tmp_path, data, capsys):
+    assert train(*ITERATIONS, "--item", "nut", data=data) == 0
+    other = make_mvtec(tmp_path / "other", items=("tubes",))
+    assert train(*ITERATIONS, data=other) == 2
+    assert "data_path" in capsys.readouterr().err
+    (tmp_path / "link").symlink_to(data)
+    assert train(*ITERATIONS, "--item", "bottle", data=tmp_path / "link") == 0
+    assert [row["item"] for row in rows(run_folder(tmp_path))] == [*ITEMS, "Mean"]
+
+
+def test_processes_are_part_of_a_run(train, tmp_path, data, capsys):
+    assert train(*ITERATIONS, "--item", "nut", data=data) == 0
+    path = run_folder(tmp_path) / "env.json"
+    content = json.loads(path.read_text())
+    assert content["processes"] == 1
+    path.write_text(json.dumps({**content, "processes": 4}))
+    assert train(*ITERATIONS, "--item", "bottle", data=data) == 2
+    assert "processes 4 there, 1 here" in capsys.readouterr().err
+
+
+def test_damaged_environment_is_named(train, tmp_path, data, capsys):
+    assert train(*ITERATIONS, "--item", "nut", data=data) == 0
+    (run_folder(tmp_path) / "env.json").write_text('{"items": ["nu')
+    assert train(*ITERATIONS, "--item", "bottle", data=data) == 2
+    assert "env.json" in capsys.readouterr().err
+
+
+def test_overwriting_forgets_every_test_of_the_old_model(train, tmp_path, data):
+    assert train(*ITERATIONS, data=data) == 0
+    assert train("--phase", "test", "--mask_threshold", "0", data=data) == 0
+    measured = run_folder(tmp_path) / "test_mask_threshold=0.0"
+    assert [row["item"] for row in rows(measured)] == [*ITEMS, "Mean"]
+    assert train(*ITERATIONS, "--overwrite", "--item", "nut", data=data) == 0
+    assert [row["item"] for row in rows(measured)] == ["bottle", "Mean"]
+    assert not (measured / "nut").exists()
+
+
+def test_pixel_metrics_from_bins_are_marked_until_they_are_exact(train, tmp_path, data):
+    assert train(*ITERATIONS, "--metrics_memory", "0.001", data=data) == 0
+    path = run_folder(tmp_path) / "pixel_errors.csv"
+    errors = {row["item"]: float(row["error"]) for row in csv.DictReader(path.open())}
+    assert errors.keys() == set(ITEMS)
+    binned = {row["item"]: row for row in rows(run_folder(tmp_path))}
+    assert train("--phase", "test", "--metrics_memory", "1", "--item", "nut", data=data) == 0
+    exact = {row["item"]: row for row in rows(run_folder(tmp_path))}
+    for metric in ("P-AUROC", "P-AP", "P-F1", "AUPRO"):
+        assert abs(float(binned["nut"][metric]) - float(exact["nut"][metric])) <= errors["nut"] + 1e-4
+    assert [row["item"] for row in csv.DictReader(path.open())] == ["bottle"]

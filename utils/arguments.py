@@ -55,135 +55,156 @@ def base_parser(doc: str, host: str, settings: Sequence[str]) -> argparse.Argume
     parser.add_argument("--config", metavar="FILE.yaml", help="defaults by flag name; the command line wins")
     parser.add_argument("--phase", choices=["train", "test"], default="train", help="test: evaluate model.pth, train nothing")
 
-    data = parser.add_argument_group("data")
-    data.add_argument("--setting", choices=settings, default=settings[0], help="one model per category, one of all, few images")
-    add_data_arguments(data)
+    _add_data_flags(parser.add_argument_group("data"), settings)
+    _add_model_flags(parser.add_argument_group("model"))
+    _add_binarization_flags(parser.add_argument_group("binarization"))
+    _add_training_flags(parser.add_argument_group("training"))
+    _add_evaluation_flags(parser.add_argument_group("evaluation"))
+    _add_output_flags(parser.add_argument_group("output"), host)
+    parser.set_defaults(host=host)
+    return parser
+
+
+def _add_data_flags(group, settings: Sequence[str]) -> None:
+    """Which images, and how they are read."""
+    group.add_argument(
+        "--setting", choices=settings, default=settings[0], help="one model per category, one of all, few images"
+    )
+    add_data_arguments(group)
     if "few" in settings:
-        add_few_shot_arguments(data)
-    data.add_argument("--input_size", type=number(int, 1), default=448, help="images are resized to this square")
-    data.add_argument("--crop_size", type=number(int, 1), default=392, help="then cropped to this one, a multiple of the patch")
-    data.add_argument(
+        add_few_shot_arguments(group)
+    group.add_argument("--input_size", type=number(int, 1), default=448, help="images are resized to this square")
+    group.add_argument(
+        "--crop_size", type=number(int, 1), default=392, help="then cropped to this one, a multiple of the patch"
+    )
+    group.add_argument(
         "--skip_bad_images",
         action=argparse.BooleanOptionalAction,
         default=False,
         help="leave out undecodable images, list them in bad_images.csv",
     )
 
-    model = parser.add_argument_group("model")
-    model.add_argument(
+
+def _add_model_flags(group) -> None:
+    """Which network."""
+    group.add_argument(
         "--encoder", choices=list(ENCODERS), default="dinov2reg_vit_base_14", metavar="NAME", help=" ".join(ENCODERS)
     )
-    model.add_argument("--encoder_weights", metavar="FILE", help=".safetensors or .pth instead of a download")
-    model.add_argument("--pos_embed", choices=["paper", "timm"], default="paper", help="resampling of the position grid")
-    model.add_argument("--INP_num", type=number(int, 1), default=6, help="intrinsic normal prototypes per image")
+    group.add_argument("--encoder_weights", metavar="FILE", help=".safetensors or .pth instead of a download")
+    group.add_argument("--pos_embed", choices=["paper", "timm"], default="paper", help="resampling of the position grid")
+    group.add_argument("--INP_num", type=number(int, 1), default=6, help="intrinsic normal prototypes per image")
 
-    binary = parser.add_argument_group("binarization")
-    binary.add_argument(
+
+def _add_binarization_flags(group) -> None:
+    """What becomes binary, and from what."""
+    group.add_argument(
         "--clb_stage",
         type=int,
         choices=STAGES,
         default=1,
         help="0 float, 1 binary attention, 2 binary attention and MLP",
     )
-    binary.add_argument(
+    group.add_argument(
         "--load_checkpoint", metavar="NAME|FILE", help="model of the stage before: its save_name, or a model.pth"
     )
-    binary.add_argument("--act_bits", type=int, choices=[1, 32], default=1, help="32: only weights are binary")
-    binary.add_argument(
+    group.add_argument("--act_bits", type=int, choices=[1, 32], default=1, help="32: only weights are binary")
+    group.add_argument(
         "--sab",
         choices=["mixed", "binary", "off"],
         default="mixed",
         help="softmax-aware binarization of attention maps",
     )
-    binary.add_argument(
+    group.add_argument(
         "--weight_gradient", choices=["clip", "triangle"], default="clip", help="gradient of the sign of weights"
     )
-    binary.add_argument("--activation_gradient", choices=["clip", "triangle"], default="triangle", help="and of activations")
-    binary.add_argument(
+    group.add_argument("--activation_gradient", choices=["clip", "triangle"], default="triangle", help="and of activations")
+    group.add_argument(
         "--distill",
         type=number(float, 0),
         default=0.0,
         metavar="WEIGHT",
         help="add the distance to the float decoder's outputs",
     )
-    binary.add_argument(
+    group.add_argument(
         "--distill_teacher",
         metavar="NAME|FILE",
         help="stage-0 model to distil from (default: --load_checkpoint, if stage 0)",
     )
-    binary.add_argument(
+    group.add_argument(
         "--force_gate",
         type=number(float, 0, 1),
         metavar="0..1",
         help="test phase: replace the gates of SAB (0 float map, 1 binary map)",
     )
 
-    training = parser.add_argument_group("training")
-    training.add_argument("--total_epochs", type=number(int, 1), default=200)
-    training.add_argument("--total_iters", type=number(int, 1), help="iterations instead of epochs")
-    training.add_argument("--batch_size", type=number(int, 1), default=16)
-    training.add_argument("--learning_rate", type=number(float, 0), default=1e-3, help="after the warm-up")
-    training.add_argument("--final_learning_rate", type=number(float, 0), default=1e-4, help="at the end of the cosine")
-    training.add_argument("--warmup_iters", type=number(int, 0), help=f"default {DEFAULT_WARMUP}, at most a fifth of the run")
-    training.add_argument("--weight_decay", type=number(float, 0), default=1e-4)
-    training.add_argument("--gradient_clip", type=number(float, 1e-9), default=0.1, help="largest global gradient norm")
-    training.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=1)
-    training.add_argument("--device", default="auto", metavar="auto|cpu|cuda[:i]")
-    training.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
-    training.add_argument("--num_workers", type=number(int, 0), default=default_worker_count(), help="loader processes")
-    training.add_argument(
+
+def _add_training_flags(group) -> None:
+    """How it is trained, and where."""
+    group.add_argument("--total_epochs", type=number(int, 1), default=200)
+    group.add_argument("--total_iters", type=number(int, 1), help="iterations instead of epochs")
+    group.add_argument("--batch_size", type=number(int, 1), default=16)
+    group.add_argument("--learning_rate", type=number(float, 0), default=1e-3, help="after the warm-up")
+    group.add_argument("--final_learning_rate", type=number(float, 0), default=1e-4, help="at the end of the cosine")
+    group.add_argument("--warmup_iters", type=number(int, 0), help=f"default {DEFAULT_WARMUP}, at most a fifth of the run")
+    group.add_argument("--weight_decay", type=number(float, 0), default=1e-4)
+    group.add_argument("--gradient_clip", type=number(float, 1e-9), default=0.1, help="largest global gradient norm")
+    group.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=1)
+    group.add_argument("--device", default="auto", metavar="auto|cpu|cuda[:i]")
+    group.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
+    group.add_argument("--num_workers", type=number(int, 0), default=default_worker_count(), help="loader processes")
+    group.add_argument(
         "--cache_features", choices=["auto", "off", "ram", "disk"], default="auto", help="encode every image only once"
     )
-    training.add_argument(
-        "--cache_images", choices=["off", "disk"], default="off", help="decode and resize every image only once"
-    )
+    group.add_argument("--cache_images", choices=["off", "disk"], default="off", help="decode and resize every image only once")
 
-    evaluation = parser.add_argument_group("evaluation")
-    evaluation.add_argument(
+
+def _add_evaluation_flags(group) -> None:
+    """How it is measured."""
+    group.add_argument(
         "--mask_threshold",
         type=number(float, 0, 1),
         default=0.5,
         help="mask > this is defect (INP-Former 0.5, Dinomaly 0)",
     )
-    evaluation.add_argument("--smoothing_kernel", type=number(int, 0), default=5, help="odd side in pixels, 0 for none")
-    evaluation.add_argument("--smoothing_sigma", type=number(float, 1e-3), default=4.0)
-    evaluation.add_argument(
+    group.add_argument("--smoothing_kernel", type=number(int, 0), default=5, help="odd side in pixels, 0 for none")
+    group.add_argument("--smoothing_sigma", type=number(float, 1e-3), default=4.0)
+    group.add_argument(
         "--max_ratio",
         type=number(float, 0, 1),
         default=0.01,
         help="share of top pixels in the image score, 0 for the maximum",
     )
-    evaluation.add_argument(
+    group.add_argument(
         "--pro_mode", choices=["exact", "dinomaly"], default="exact", help="dinomaly: 200 thresholds, for old tables"
     )
-    evaluation.add_argument(
+    group.add_argument(
         "--scoring",
         choices=get_args(Scoring),
         default="reconstruction",
         help="test phase: prototype scores by the distance to the image's own nearest prototype, without the decoder",
     )
-    evaluation.add_argument(
+    group.add_argument(
         "--test_checkpoint",
         metavar="FILE",
         help="test phase: evaluate this model.pth, trained on whatever data, instead of the run's own (zero-shot)",
     )
-    evaluation.add_argument(
+    group.add_argument(
         "--metrics_memory",
         type=number(float, 1e-3),
         metavar="GB",
         help="for a category's pixel metrics, beyond it from bins with a stated error (default: half of what is free)",
     )
 
-    output = parser.add_argument_group("output")
-    output.add_argument("--save_dir", default="./saved_results")
-    output.add_argument("--save_name", help=f"default {host} and the setting, with -FP for stage 0 and -CLB2 for stage 2")
-    output.add_argument("--resume", action="store_true", help="skip finished categories, go on from last.pth")
-    output.add_argument("--overwrite", action="store_true", help="delete what an earlier run left in this run folder")
-    output.add_argument("--save_every", type=number(int, 1), default=500, metavar="ITERATIONS", help="between two last.pth")
-    output.add_argument("--quiet", action="store_true", help="warnings only")
-    output.add_argument("--debug", action="store_true", help="show tracebacks")
-    parser.set_defaults(host=host)
-    return parser
+
+def _add_output_flags(group, host: str) -> None:
+    """Where results go, and what is done with those that are there."""
+    group.add_argument("--save_dir", default="./saved_results")
+    group.add_argument("--save_name", help=f"default {host} and the setting, with -FP for stage 0 and -CLB2 for stage 2")
+    group.add_argument("--resume", action="store_true", help="skip finished categories, go on from last.pth")
+    group.add_argument("--overwrite", action="store_true", help="delete what an earlier run left in this run folder")
+    group.add_argument("--save_every", type=number(int, 1), default=500, metavar="ITERATIONS", help="between two last.pth")
+    group.add_argument("--quiet", action="store_true", help="warnings only")
+    group.add_argument("--debug", action="store_true", help="show tracebacks")
 
 
 def add_data_arguments(group) -> None:

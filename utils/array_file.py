@@ -209,12 +209,13 @@ def _remove_abandoned(path: Path) -> None:
     """Remove temporary files of `path` whose process is gone from this machine."""
     for temporary in path.parent.glob(f".{path.name}.{socket.gethostname()}.*.tmp"):
         process = temporary.suffixes[-2][1:]
-        if process.isdecimal() and not _runs_beside_us(int(process)):
+        if process.isdecimal() and not runs_beside_us(int(process)):
             logger.warning("removed %s, left behind by a process that was killed", temporary)
             temporary.unlink(missing_ok=True)
 
 
-def _runs_beside_us(process: int) -> bool:
+def runs_beside_us(process: int) -> bool:
+    """True for another process of this machine that runs."""
     if process == os.getpid():  # the same number again, as after a container's restart
         return False
     try:

@@ -15,7 +15,7 @@ from models.detector import Detector
 from models.encoder import FrozenEncoder
 from utils.categories import CategoryData, ModelData
 from utils.detectors import Host, description, restore_detector
-from utils.distributed import on_main, world_size
+from utils.distributed import is_main, on_main, world_size
 from utils.evaluation import measure
 from utils.prepared_data import Places, plan_features
 from utils.report import write_cost
@@ -74,10 +74,13 @@ def others_go_on(run: RunFolder, items: list[str], alone: bool) -> Iterator[None
     try:
         yield
     except (UserError, NumericError) as error:
-        if alone or world_size() > 1:
+        if alone:
+            raise
+        if is_main():
+            run.add_failures(items, str(error))
+        if world_size() > 1:  # the others may not have failed, and wait for this one
             raise
         logger.error("%s: failed: %s", " ".join(items), error)
-        run.add_failures(items, str(error))
 
 
 def count_cost(run: RunFolder, detector: Detector, crop_size: int) -> None:
@@ -110,6 +113,6 @@ def evaluate_category(
         else:
             calibration = content.get("calibrations", {}).get(category.item, content["calibration"])
         report_category(settings, output, category, measurement, detector, data, calibration)
-        output.add_row(category.item, measurement.metrics, experiment.items)
+        output.add_row(category.item, measurement.metrics, experiment.items, measurement.pixel_error)
 
     on_main(write)

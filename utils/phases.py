@@ -5,11 +5,11 @@ from utils.categories import all_items, list_data, models_of
 from utils.detectors import Host
 from utils.devices import choose_device
 from utils.distributed import is_main
+from utils.evaluation_phase import evaluation_phase, zero_shot_phase
 from utils.experiment import Experiment
 from utils.report import format_results
 from utils.run_folder import RunFolder
 from utils.settings import Settings
-from utils.test_phase import test_phase, zero_shot_phase
 from utils.train_phase import train_phase
 
 
@@ -29,7 +29,7 @@ def run_experiment(settings: Settings, host: Host) -> int:
     if settings.phase == "train":
         output = train_phase(experiment)
     else:
-        output = zero_shot_phase(experiment) if settings.test_checkpoint else test_phase(experiment)
+        output = zero_shot_phase(experiment) if settings.test_checkpoint else evaluation_phase(experiment)
     failed = {item: reason for item, reason in output.failures().items() if item in experiment.wanted}
     if is_main():
         print(format_results(output.rows()))

@@ -56,7 +56,7 @@ def plan_features(settings: Settings, models: list[ModelData], detector: Detecto
         settings.cache_features,
         folder,
         found={name: sum(cached_count(images, identity, folder) for images in part) for name, part in parts.items()},
-        at_once={"test": max(map(len, parts["test"]), default=0)},
+        at_once={"test": max(sum(len(category.test) for category in model.categories) for model in models)},
     )
 
 

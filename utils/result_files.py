@@ -107,6 +107,19 @@ def read_failures(path: Path) -> dict[str, str]:
         return {line["item"].removeprefix("'"): line["reason"].removeprefix("'") for line in csv.DictReader(file)}
 
 
+def write_pixel_errors(path: Path, errors: dict[str, float]) -> None:
+    """`pixel_errors.csv`: categories whose pixel metrics come from bins, and by how much they can be off (fractions)."""
+    _write_csv(path, ("item", "error"), ((safe_cell(item), f"{error:.6f}") for item, error in errors.items()))
+
+
+def read_pixel_errors(path: Path) -> dict[str, float]:
+    """Error by category; empty without the file."""
+    if not path.is_file():
+        return {}
+    with path.open(newline="", encoding="utf-8") as file:
+        return {line["item"].removeprefix("'"): float(line["error"]) for line in csv.DictReader(file)}
+
+
 def _write_csv(path: Path, header: tuple[str, ...], rows: Iterable[tuple]) -> None:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")

@@ -2,14 +2,12 @@
 
 import json
 import logging
-import os
 import platform
 import shutil
-import socket
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -18,14 +16,27 @@ import timm
 import torch
 import yaml
 
-from common.errors import ResourceError, UserError
-from models.encoder import FrozenEncoder
+from common.errors import UserError
 from utils.checkpoint import write_text
-from utils.distributed import world_size
-from utils.result_files import MetricsLog, Row, read_failures, read_results, write_failures, write_results
+from utils.result_files import (
+    MetricsLog,
+    Row,
+    read_failures,
+    read_pixel_errors,
+    read_results,
+    write_failures,
+    write_pixel_errors,
+    write_results,
+)
+from utils.run_lock import run_lock
 
 logger = logging.getLogger(__name__)
 
+_FACTS = {  # of env.json, that a later command must share
+    "encoder_sha256": "encoder weights of sha256",
+    "model_sha256": "model of sha256",
+    "processes": "number of processes",
+}
 NOT_A_RUN = ("run.lock", "log.txt", "failures.csv")
 
 
@@ -35,6 +46,15 @@ def run_folder_name(
     """`<save_name>_dataset=..._Encoder=..._Resize=..._Crop=..._INP_num=...`, the papers' naming; None: no data set in it."""
     data = "" if dataset is None else f"_dataset={dataset}"
     return f"{save_name}{data}_Encoder={encoder}_Resize={input_size}_Crop={crop_size}_INP_num={prototype_count}"
+
+
+def resolved_paths(paths: list[str] | str | None) -> list[Path]:
+    """The folders of `--data_path`, whatever way they were written."""
+    return [Path(path).resolve() for path in ([paths] if isinstance(paths, str) else paths or [])]
+
+
+def _comparable(key: str, value: object) -> object:
+    return resolved_paths(value) if key == "data_path" else value
 
 
 def check_plain_name(value: str, flag: str) -> str:
@@ -71,11 +91,14 @@ class RunFolder:
             )
         return stored
 
-    def claim(self, config: dict, identity_keys: Iterable[str], encoder_sha256: str, overwrite: bool) -> bool:
+    def claim(self, config: dict, identity_keys: Iterable[str], facts: dict[str, object], overwrite: bool) -> bool:
         """Check that this configuration may write here; true if the folder holds another run, to be deleted first.
 
+        Args:
+            facts: what else must be the same, by its name in `env.json`.
+
         Raises:
-            UserError: it holds a run with another value of an identity key, and `overwrite` is not given or the other
+            UserError: it holds a run with another value of an identity key or fact, and `overwrite` is not given or the other
                 run has another CLB stage (a stage never overwrites another).
             ResourceError: it cannot be written.
         """
@@ -86,11 +109,14 @@ class RunFolder:
             differences = [
                 f"{key} {stored[key]!r} there, {config[key]!r} here"
                 for key in identity_keys
-                if key in stored and stored[key] != config[key]
+                if key in stored and _comparable(key, stored[key]) != _comparable(key, config[key])
             ]
-            earlier = self.environment().get("encoder_sha256", encoder_sha256)
-            if earlier != encoder_sha256:
-                differences.append(f"encoder weights of sha256 {earlier[:16]} there, {encoder_sha256[:16]} here")
+            environment = self.environment()
+            differences += [
+                f"{_FACTS[name]} {str(environment[name])[:16]} there, {str(value)[:16]} here"
+                for name, value in facts.items()
+                if environment.get(name, value) != value
+            ]
             if stored.get("clb_stage") != config["clb_stage"]:
                 raise UserError(
                     f"{str(self.path)!r} holds CLB stage {stored.get('clb_stage')}, this command trains stage "
@@ -112,9 +138,11 @@ class RunFolder:
             shutil.rmtree(child) if child.is_dir() else child.unlink()
 
     def forget(self, model: str, items: list[str], model_folder: Path) -> None:
-        """Delete what an earlier training of a model and the evaluation of its categories left."""
-        for name in ("model.pth", "last.pth"):
-            (model_folder / name).unlink(missing_ok=True)
+        """Delete what an earlier training of a model and every evaluation of its categories left."""
+        for path in (model_folder / "model.pth", model_folder / "last.pth", self.path / "report.html"):
+            path.unlink(missing_ok=True)
+        for folder in self.path.glob("test_*/"):
+            RunFolder(folder).forget(model, items, folder)
         rows = self.rows()
         for item in items:
             shutil.rmtree(self.item_folder(item), ignore_errors=True)
@@ -123,50 +151,26 @@ class RunFolder:
         for name in (model, *items):
             MetricsLog(self.path / "metrics.jsonl", name).truncate(0)
 
-    @contextmanager
-    def lock(self) -> Iterator[None]:
-        """Hold the folder against a second process; a lock whose process is gone on this machine is taken over.
-
-        Raises:
-            ResourceError: another process holds it, or the folder cannot be written.
-        """
-        path = self.path / "run.lock"
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            _remove_stale_lock(path)
-            descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
-        except FileExistsError as error:
-            if not self.path.is_dir():
-                raise ResourceError(
-                    f"cannot use {str(self.path)!r} as run folder: it is a file; choose another --save_dir"
-                ) from error
-            raise ResourceError(
-                f"{str(self.path)!r} is in use by {path.read_text().strip() or 'another process'}; wait for it, or remove "
-                f"{path.name} if no such process runs"
-            ) from error
-        except OSError as error:
-            raise ResourceError(
-                f"cannot write into {str(self.path)!r}: {error.strerror or error}; choose another --save_dir"
-            ) from error
-        with os.fdopen(descriptor, "w") as file:
-            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
+    def lock(self) -> AbstractContextManager[None]:
+        """As `run_lock`, for this folder."""
+        return run_lock(self.path)
 
     def write_yaml(self, name: str, content: dict) -> None:
         """Atomic YAML file."""
         write_text(self.path / name, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
 
-    def write_environment(self, encoder: FrozenEncoder, device: torch.device, seed: int, items: list[str]) -> None:
-        """`env.json`: versions, machine, device, code state, command line, encoder, seed, and all categories so far."""
+    def write_environment(self, source: str, device: torch.device, seed: int, items: list[str], facts: dict) -> None:
+        """`env.json`: versions, machine, device, code state, command line, seed, and all categories so far.
+
+        Args:
+            source: where the encoder's weights come from.
+            facts: what a later command must share, see `claim`.
+        """
         known = self.environment().get("items", [])
         content = {
             "command": sys.argv,
             "items": known + [item for item in items if item not in known],
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "processes": world_size(),
             "python": platform.python_version(),
             "platform": platform.platform(),
             "torch": torch.__version__,
@@ -177,23 +181,38 @@ class RunFolder:
             "commit": _commit(),
             "seed": seed,
             "device": str(device),
-            "encoder_source": encoder.source,
-            "encoder_sha256": encoder.weights_sha256,
+            "encoder_source": source,
+            **facts,
         }
         write_text(self.path / "env.json", json.dumps(content, indent=2) + "\n")
 
     def environment(self) -> dict:
         """Content of `env.json`, empty for a new folder."""
         path = self.path / "env.json"
-        return json.loads(path.read_text()) if path.is_file() else {}
+        if not path.is_file():
+            return {}
+        try:
+            return dict(json.loads(path.read_text()))
+        except ValueError as error:
+            raise UserError(
+                f"run folder damaged: {str(path)!r} cannot be read ({error}); remove that file, or choose another --save_name"
+            ) from error
 
     def rows(self) -> dict[str, Row]:
         """Rows of `results.csv` by category, without the mean."""
         return read_results(self.path / "results.csv")
 
-    def add_row(self, item: str, row: Row, order: list[str]) -> None:
-        """Put a finished category into `results.csv`, in the data set's order, and renew the mean."""
+    def pixel_errors(self) -> dict[str, float]:
+        """Categories whose pixel metrics come from bins, with the largest error that they can have."""
+        return read_pixel_errors(self.path / "pixel_errors.csv")
+
+    def add_row(self, item: str, row: Row, order: list[str], pixel_error: float | None = None) -> None:
+        """Put a finished category into `results.csv`, in the data set's order, and renew the mean.
+
+        `pixel_error`: the largest error of its pixel metrics, if they come from bins.
+        """
         self.forget_failures([item])
+        self._note_pixel_error(item, pixel_error)
         rows = {**self.rows(), item: row}
         known = [name for name in order if name in rows]
         self._write_rows({name: rows[name] for name in known + [name for name in rows if name not in known]})
@@ -217,25 +236,17 @@ class RunFolder:
         else:
             path.unlink(missing_ok=True)
 
+    def _note_pixel_error(self, item: str, error: float | None) -> None:
+        errors = {name: value for name, value in self.pixel_errors().items() if name != item}
+        errors |= {} if error is None else {item: error}
+        path = self.path / "pixel_errors.csv"
+        if errors:
+            write_pixel_errors(path, errors)
+        else:
+            path.unlink(missing_ok=True)
+
     def _write_rows(self, rows: dict[str, Row]) -> None:
         write_results(self.path / "results.csv", rows)
-
-
-def _remove_stale_lock(path: Path) -> None:
-    """Remove a lock whose process no longer runs on this machine."""
-    try:
-        _, process, _, host = path.read_text().split()
-    except (OSError, ValueError):
-        return
-    if host != socket.gethostname():
-        return
-    try:
-        os.kill(int(process), 0)
-    except ProcessLookupError:
-        logger.warning("took over the lock of process %s, which is gone", process)
-        path.unlink(missing_ok=True)
-    except PermissionError:
-        return
 
 
 def _commit() -> str | None:

@@ -11,7 +11,7 @@ from models.build import check_sizes
 from utils.arguments import listing_options
 from utils.optim import warmup_length
 from utils.protocol import EvaluationOptions
-from utils.run_folder import check_plain_name, run_folder_name
+from utils.run_folder import check_plain_name, resolved_paths, run_folder_name
 from utils.training import TrainingOptions, iterations_of
 
 # what a command does with a run, not what the run is
@@ -116,7 +116,8 @@ class Settings:
     def zero_shot_path(self, source: str) -> Path:
         """Folder for the test of a model that was trained on the data set `source`."""
         name = self._run_folder_name(self.config["save_name"], None)
-        return self.save_dir / f"{name}_Source={source}_Target={self.data.dataset}"
+        gate = "" if self.model.forced_gate is None else f"_gate={self.model.forced_gate:g}"
+        return self.save_dir / f"{name}_Source={source}_Target={self.data.dataset}{gate}"
 
     def _run_folder_name(self, save_name: str, dataset: str | None) -> str:
         data, model = self.data, self.model
@@ -139,7 +140,7 @@ def changed_protocol(stored: dict, settings: Settings) -> list[str]:
     for key in MEASURING_KEYS:
         value = settings.config[key]
         if key == "data_path":
-            here, there = _resolved(value), _resolved(stored.get(key))
+            here, there = resolved_paths(value), resolved_paths(stored.get(key))
             if here and there and here != there:
                 changed.append(f"{key}={'+'.join(path.name for path in here)}")
         elif stored.get(key, _EARLIER_DEFAULTS.get(key)) != value:
@@ -149,59 +150,17 @@ def changed_protocol(stored: dict, settings: Settings) -> list[str]:
     return changed
 
 
-def _resolved(paths: list[str] | str | None) -> list[Path]:
-    return [Path(path).resolve() for path in ([paths] if isinstance(paths, str) else paths or [])]
-
-
 def settings_of(arguments: argparse.Namespace) -> Settings:
     """Check flags against each other and sort them into dataclasses; raises UserError for a combination that cannot work."""
     config = {key: value for key, value in vars(arguments).items() if key not in _NOT_STORED}
     config["save_name"] = check_plain_name(arguments.save_name or default_save_name(arguments), "--save_name")
     check_sizes(arguments.encoder, arguments.input_size, arguments.crop_size)
     _check_combinations(arguments)
-    few = arguments.setting == "few"
     return Settings(
         config=config,
-        data=DataOptions(
-            dataset=arguments.dataset,
-            paths=arguments.data_path,
-            items=arguments.item,
-            listing=listing_options(arguments),
-            shot=arguments.shot if few else None,
-            input_size=arguments.input_size,
-            crop_size=arguments.crop_size,
-            max_pixels=arguments.max_pixels,
-            skip_bad_images=arguments.skip_bad_images,
-            cache_images=arguments.cache_images,
-        ),
-        model=ModelOptions(
-            encoder=arguments.encoder,
-            encoder_weights=arguments.encoder_weights,
-            position_embedding=arguments.pos_embed,
-            prototype_count=arguments.INP_num,
-            stage=arguments.clb_stage,
-            binarization=BinarizationOptions(
-                arguments.act_bits, arguments.sab, arguments.weight_gradient, arguments.activation_gradient
-            ),
-            load_checkpoint=arguments.load_checkpoint,
-            distillation_weight=arguments.distill,
-            distillation_teacher=arguments.distill_teacher,
-            forced_gate=arguments.force_gate,
-        ),
-        training=TrainingOptions(
-            total_iterations=0,  # filled in by `training_for`
-            batch_size=arguments.batch_size,
-            warmup=0,
-            peak_rate=arguments.learning_rate,
-            final_rate=arguments.final_learning_rate,
-            weight_decay=arguments.weight_decay,
-            gradient_clip=arguments.gradient_clip,
-            seed=arguments.seed,
-            precision=arguments.precision,
-            num_workers=arguments.num_workers,
-            save_every=arguments.save_every,
-            log_every=_LOG_EVERY,
-        ),
+        data=_data_options(arguments),
+        model=_model_options(arguments),
+        training=_training_options(arguments),
         evaluation=EvaluationOptions(
             arguments.mask_threshold,
             arguments.smoothing_kernel,
@@ -211,7 +170,7 @@ def settings_of(arguments: argparse.Namespace) -> Settings:
             arguments.scoring,
         ),
         phase=arguments.phase,
-        one_model=arguments.setting == "multi" or (few and not arguments.per_category),
+        one_model=arguments.setting == "multi" or (arguments.setting == "few" and not arguments.per_category),
         test_checkpoint=Path(arguments.test_checkpoint) if arguments.test_checkpoint else None,
         save_dir=Path(arguments.save_dir),
         resume=arguments.resume,
@@ -219,6 +178,55 @@ def settings_of(arguments: argparse.Namespace) -> Settings:
         device=arguments.device,
         cache_features=arguments.cache_features,
         metrics_memory=arguments.metrics_memory,
+    )
+
+
+def _data_options(arguments: argparse.Namespace) -> DataOptions:
+    return DataOptions(
+        dataset=arguments.dataset,
+        paths=arguments.data_path,
+        items=arguments.item,
+        listing=listing_options(arguments),
+        shot=arguments.shot if arguments.setting == "few" else None,
+        input_size=arguments.input_size,
+        crop_size=arguments.crop_size,
+        max_pixels=arguments.max_pixels,
+        skip_bad_images=arguments.skip_bad_images,
+        cache_images=arguments.cache_images,
+    )
+
+
+def _model_options(arguments: argparse.Namespace) -> ModelOptions:
+    return ModelOptions(
+        encoder=arguments.encoder,
+        encoder_weights=arguments.encoder_weights,
+        position_embedding=arguments.pos_embed,
+        prototype_count=arguments.INP_num,
+        stage=arguments.clb_stage,
+        binarization=BinarizationOptions(
+            arguments.act_bits, arguments.sab, arguments.weight_gradient, arguments.activation_gradient
+        ),
+        load_checkpoint=arguments.load_checkpoint,
+        distillation_weight=arguments.distill,
+        distillation_teacher=arguments.distill_teacher,
+        forced_gate=arguments.force_gate,
+    )
+
+
+def _training_options(arguments: argparse.Namespace) -> TrainingOptions:
+    return TrainingOptions(
+        total_iterations=0,  # filled in by `training_for`
+        batch_size=arguments.batch_size,
+        warmup=0,
+        peak_rate=arguments.learning_rate,
+        final_rate=arguments.final_learning_rate,
+        weight_decay=arguments.weight_decay,
+        gradient_clip=arguments.gradient_clip,
+        seed=arguments.seed,
+        precision=arguments.precision,
+        num_workers=arguments.num_workers,
+        save_every=arguments.save_every,
+        log_every=_LOG_EVERY,
     )
 
 

@@ -50,8 +50,15 @@ def train_phase(experiment: Experiment) -> RunFolder:
 def _claim(experiment: Experiment) -> bool:
     """Check that this command may write into its run folder; true if it holds another run, to be deleted first."""
     settings = experiment.settings
-    keys = (*IDENTITY_KEYS, *PROTOCOL_KEYS, *(("item",) if settings.one_model else ()))
-    return experiment.run.claim(settings.config, keys, experiment.encoder.weights_sha256, settings.overwrite)
+    keys = [*IDENTITY_KEYS, *PROTOCOL_KEYS]
+    keys += ["item"] if settings.one_model else []
+    keys += ["data_path"] if "Folder" in settings.data.dataset.split("+") else []  # the others' names say which data it is
+    return experiment.run.claim(settings.config, keys, _facts(experiment), settings.overwrite)
+
+
+def _facts(experiment: Experiment) -> dict:
+    """What a run depends on besides its configuration: the batches of all processes together make one step."""
+    return {"encoder_sha256": experiment.encoder.weights_sha256, "processes": world_size()}
 
 
 def _check_untouched(experiment: Experiment) -> None:
@@ -111,7 +118,9 @@ def _open_folder(experiment: Experiment, model: ModelData, detector: Detector) -
     if not settings.resume:
         run.forget(model.name, model.items, model.folder(run.path))
     run.write_yaml("config.yaml", settings.config)
-    run.write_environment(experiment.encoder, experiment.device, settings.training.seed, experiment.wanted)
+    run.write_environment(
+        experiment.encoder.source, experiment.device, settings.training.seed, experiment.wanted, _facts(experiment)
+    )
     if settings.data.shot is not None:
         chosen = [(category.item, name) for category in model.categories for name in category.chosen_files()]
         write_chosen_files(model.folder(run.path) / "chosen_files.csv", chosen)

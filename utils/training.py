@@ -226,9 +226,10 @@ def _restore(path: Path, detector: Detector, optimizer: StableAdamW, identity: d
         )
     for name, expected in identity.items():
         if content.get(name) != expected:
+            hint = ", with --cache_features off, ram or disk as auto then chose" if name == "features" else ""
             raise UserError(
                 f"cannot resume: {str(path)!r} was saved with {name} {content.get(name)!r}, this command has {expected!r}; "
-                "repeat the first command's flags, or start anew with --overwrite"
+                f"repeat the first command's flags{hint}, or start anew with --overwrite"
             )
     detector.load_trained_state(content["model"])
     optimizer.load_state_dict(content["optimizer"])

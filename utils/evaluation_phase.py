@@ -14,12 +14,12 @@ from utils.logs import log_to_file
 from utils.prepared_data import test_images
 from utils.report import write_run_report
 from utils.run_folder import RunFolder
-from utils.settings import MEASURING_KEYS, PROTOCOL_KEYS, changed_protocol
+from utils.settings import MEASURING_KEYS, changed_protocol
 
 logger = logging.getLogger(__name__)
 
 
-def test_phase(experiment: Experiment) -> RunFolder:
+def evaluation_phase(experiment: Experiment) -> RunFolder:
     """Evaluate the run's own models; anything measured otherwise than in training gets a folder of its own."""
     settings, run, stage = experiment.settings, experiment.run, experiment.settings.model.stage
     stored = run.stored_config()
@@ -52,11 +52,13 @@ def zero_shot_phase(experiment: Experiment) -> RunFolder:
     with only_on_main(output.lock()):
 
         def open_folder() -> None:
-            keys = ("test_checkpoint", "realiad_json", *PROTOCOL_KEYS)
-            if output.claim(settings.config, keys, experiment.encoder.weights_sha256, settings.overwrite):
+            facts = {"encoder_sha256": experiment.encoder.weights_sha256, "model_sha256": content["model_sha256"]}
+            if output.claim(settings.config, MEASURING_KEYS, facts, settings.overwrite):
                 output.clear()
             output.write_yaml("config.yaml", settings.config)
-            output.write_environment(experiment.encoder, experiment.device, settings.training.seed, experiment.wanted)
+            output.write_environment(
+                experiment.encoder.source, experiment.device, settings.training.seed, experiment.wanted, facts
+            )
             count_cost(output, experiment.restored(content, path), settings.data.crop_size)
 
         on_main(open_folder)
