@@ -68,10 +68,10 @@ _VARIANTS = (
 VARIANTS_PER_IMAGE = len(_VARIANTS)
 
 
-def augmented(image: Tensor) -> Tensor:
-    """The 22 variants (22, 3, S, S) of a normalised square image (3, S, S) on the CPU, always the same and in this order.
+def variant(image: Tensor, number: int) -> Tensor:
+    """Variant 0 to 21 of a normalised square image (3, S, S) on the CPU, of the same shape and always the same.
 
-    Index 0 the image; 1-8 rotations by -45, -33.75, -22.5, -11.25, 11.25, 22.5, 33.75, 45 degrees; 9-16 translations by
+    0 the image itself; 1-8 rotations by -45, -33.75, -22.5, -11.25, 11.25, 22.5, 33.75, 45 degrees; 9-16 translations by
     0.2, then 0.1 of half a side, with the signs (+, +), (-, +), (-, -), (+, -) of (x, y); 17 left-right flip;
     18 luminance in all channels, of the normalised values; 19-21 rotations by 90, 180, 270 degrees.
 
@@ -80,7 +80,7 @@ def augmented(image: Tensor) -> Tensor:
     angle turns anticlockwise, a positive offset moves left and up. Our choice: the right-angle rotations move pixels
     without resampling them, which equals the source's up to its rounding.
     """
-    return torch.stack([variant(image) for variant in _VARIANTS])
+    return _VARIANTS[number](image)
 
 
 class FewShotDataset(Dataset):
@@ -94,7 +94,7 @@ class FewShotDataset(Dataset):
 
     def __init__(self, images: ImageDataset):
         self.images = images
-        self.records = [record for record in images.records for _ in _VARIANTS]
+        self.records = [record for record in images.records for _ in range(VARIANTS_PER_IMAGE)]
         self.input_size, self.crop_size = images.input_size, images.crop_size
         self._read: dict[int, Tensor] = {}
 
@@ -103,10 +103,10 @@ class FewShotDataset(Dataset):
 
     def image(self, index: int) -> Tensor:
         """One variant (3, crop, crop)."""
-        source, variant = divmod(index, VARIANTS_PER_IMAGE)
+        source, number = divmod(index, VARIANTS_PER_IMAGE)
         if source not in self._read:
             self._read[source] = self.images.image(source)
-        return _VARIANTS[variant](self._read[source])
+        return variant(self._read[source], number)
 
     def annotations(self, index: int) -> dict:
         """As `ImageDataset.annotations`; all variants of an image have its path."""

@@ -44,6 +44,8 @@ def _open(path: Path, max_pixels: int) -> Image.Image:
 def image_size(path: Path, max_pixels: int = DEFAULT_MAX_PIXELS) -> tuple[int, int]:
     """(width, height) as displayed; from the header alone, except for formats that hide their rotation behind the pixels."""
     with _open(path, max_pixels) as image:
+        if image.width == image.height:
+            return image.size  # however it is turned: spares decoding a whole PNG file
         try:
             swapped = image.getexif().get(ExifTags.Base.Orientation) in _SWAPPED_ORIENTATIONS
         except _DECODING_ERRORS as error:

@@ -33,7 +33,8 @@ def report(arguments: argparse.Namespace) -> int:
     notes = ["percent; n/a: not defined (no masks, or one class only)", *protocol_lines(comparison), *comparison.warnings]
     print(*notes, *(f"missing: {line}" for line in comparison.missing), sep="\n")
     table = arguments.csv or (arguments.output and arguments.output.with_suffix(".csv"))
-    for path, write in ((arguments.output, write_markdown), (table, write_csv), (arguments.html, write_page)):
+    page = arguments.html or (arguments.output.with_suffix(".html") if arguments.output else Path("report.html"))
+    for path, write in ((arguments.output, write_markdown), (table, write_csv), (page, write_page)):
         if path:
             write(path, comparison, published)
             print(f"report: {path}")
@@ -45,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders; one that does not exist yet is listed as missing")
     parser.add_argument("--root", type=Path, default=Path(), help="folder that the run folders lie in")
-    parser.add_argument("--html", type=Path, default=Path("report.html"), help="page to write")
+    parser.add_argument("--html", type=Path, help="page to write (default: beside --output, else report.html)")
     parser.add_argument("--output", type=Path, metavar="FILE.md", help="tables as Markdown")
     parser.add_argument("--csv", type=Path, metavar="FILE.csv", help="tables as CSV (default: beside --output)")
     parser.add_argument("--measure", action="store_true", help="time every model here, on one thread; timing.json keeps it")

@@ -14,8 +14,9 @@ A data set without a folder is left out, and listed as missing in the report. Fr
   STAGES="0 1 2"   0 float, 1 and 2 binary                SEEDS="1"
   SAVE_DIR         ./saved_results, with ITERS a folder of its own in it
   ENCODER          encoder name                           ENCODER_WEIGHTS   its file, instead of a download
-  PYTHON           python                                 NPROC   processes (GPUs) per training
+  PYTHON           python                                 NPROC   processes (GPUs) per training, that share each batch
   EXTRA            further flags of the training script, but for --save_dir, --save_name and --seed
+With NPROC each process gets --batch_size / NPROC images, so that a step and the number of steps stay those of one process.
 $2
 The report is <SAVE_DIR>/$table.md, .csv and .html; exit code 1 if a training failed.
 END
@@ -36,7 +37,7 @@ start_table() { # NAME DESCRIPTION FURTHER_ENVIRONMENT [flags of the command lin
             *) echo "error: unknown flag $1; see bash scripts/$table.sh --help" >&2; exit 2 ;;
         esac
     done
-    config=configs/$table.yaml python=${PYTHON:-python} extra=${EXTRA:-} runs=() failed=()
+    config=configs/$table.yaml python=${PYTHON:-python} extra=${EXTRA:-} batch= runs=() failed=()
     save_dir=${SAVE_DIR:-./saved_results${ITERS:+/iterations=$ITERS}}
     declare -gA data_paths=([MVTec-AD]=${MVTEC_PATH:-} [VisA]=${VISA_PATH:-} [Real-IAD]=${REALIAD_PATH:-})
     datasets=(MVTec-AD VisA Real-IAD)
@@ -44,10 +45,22 @@ start_table() { # NAME DESCRIPTION FURTHER_ENVIRONMENT [flags of the command lin
         echo "error: no data set; give --mvtec, --visa or --realiad, see bash scripts/$table.sh --help" >&2
         exit 2
     fi
+    share_batch
     local dataset
     for dataset in "${datasets[@]}"; do
         [ -n "${data_paths[$dataset]}" ] || echo "$dataset is left out: no folder given"
     done
+}
+
+share_batch() { # sets `batch`, the images of a step in each of NPROC processes; --batch_size is that of each process
+    local whole processes=${NPROC:-1}
+    whole=$(value_of batch_size)
+    [ "$processes" != 1 ] || return 0
+    if ! [[ $processes =~ ^[1-9][0-9]*$ && $whole =~ ^[1-9][0-9]*$ ]] || ((whole % processes)); then
+        echo "error: NPROC=$processes processes cannot share --batch_size $whole evenly; give an NPROC that divides it" >&2
+        exit 2
+    fi
+    batch=$((whole / processes))
 }
 
 train_stages() { # SCRIPT SAVE_NAME DATASET SEED [further flags]: the stages of one model, each from the one before
@@ -72,7 +85,7 @@ train() { # SCRIPT FLAGS: one training; a failure is noted, Ctrl-C and SIGTERM e
     # shellcheck disable=SC2086  # lists of words
     command=("$python" "${launcher[@]}" "$script" "$@" ${ITEMS:+--item $ITEMS} ${ITERS:+--total_iters "$ITERS"}
         --save_dir "$save_dir" ${ENCODER:+--encoder "$ENCODER"} ${ENCODER_WEIGHTS:+--encoder_weights "$ENCODER_WEIGHTS"}
-        --resume $extra)
+        --resume $extra ${batch:+--batch_size "$batch"})
     echo "+ ${command[*]}"
     "${command[@]}" || code=$?
     case $code in

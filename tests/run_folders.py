@@ -35,6 +35,7 @@ def make_run(
     items=(),
     inside: str = "",
     weights: str = "e",
+    **environment: object,
 ) -> Path:
     """A run folder below `root`.
 
@@ -42,6 +43,7 @@ def make_run(
         flags: of the training script, beyond data set (MVTec-AD) and stage.
         items: what env.json names as asked for.
         weights: hash of the encoder's weights.
+        environment: what else env.json has.
         inside: name of the folder of a test with another protocol, which gets the rows and the flags instead.
     """
     start = ["--dataset", "MVTec-AD", "--data_path", "data", "--clb_stage", str(stage), "--total_iters", "100"]
@@ -51,14 +53,15 @@ def make_run(
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(settings.config))
     if not inside:
-        environment = {
+        known = {
             "commit": "c0ffee",
             "date": "2026-01-02",
             "encoder_sha256": weights,
             "encoder_source": "hub",
             "device": "cpu",
+            "items": list(items),
         }
-        (folder / "env.json").write_text(json.dumps({**environment, "items": list(items)}))
+        (folder / "env.json").write_text(json.dumps(known | environment))
         write_cost(folder / "cost.json", COSTS[stage])
     if rows:
         write_results(folder / "results.csv", rows)

@@ -128,3 +128,21 @@ def test_misspelt_data_set_offers_the_nearest(capsys):
         settings("--dataset", "VisA+MVTec-DA")
     assert stop.value.code == 2
     assert "did you mean 'MVTec-AD'?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags", [("--dataset", "MVTecAD"), ("--metrics_memory", "0"), ("--shot", "4")])
+def test_what_the_parser_refuses_is_one_line(flags, capsys):
+    with pytest.raises(SystemExit) as stop:
+        settings(*flags)
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert line.endswith("see --help")
+
+
+def test_wrong_type_in_a_configuration_names_the_file(tmp_path, capsys):
+    path = tmp_path / "mine.yaml"
+    path.write_text("total_iters: abc\n")
+    with pytest.raises(SystemExit):
+        settings("--config", str(path))
+    assert "mine.yaml" in capsys.readouterr().err

@@ -1,6 +1,7 @@
 """Where caches go: every case of the plan, with the numbers that a user is told."""
 
 import logging
+from pathlib import Path
 
 import pytest
 
@@ -115,3 +116,43 @@ def test_sizes_are_announced_with_the_way_out(room, tmp_path, caplog):
 def test_room_is_measured_on_this_machine(tmp_path):
     assert utils.cache_plan.free_disk(tmp_path / "not" / "yet") > 0
     assert utils.cache_plan.available_memory() > 10 * MEGABYTE
+
+
+V1 = "memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_inactive_file"
+V2 = "memory.max", "memory.current", "memory.stat", "inactive_file"
+
+
+def container(folder: Path, files: tuple[str, ...], limit: object) -> Path:
+    """Memory files of a container that uses 30 MB, 20 MB of them file caches that can be dropped."""
+    *names, dropped = files
+    statistics = f"cache 1\n{dropped} {20 * MEGABYTE}\nunevictable 0\n"
+    for name, content in zip(names, (f"{limit}\n", f"{30 * MEGABYTE}\n", statistics), strict=True):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(content)
+    return folder
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    monkeypatch.setattr(utils.cache_plan, "_available_on_machine", lambda: 500 * MEGABYTE)
+
+
+@pytest.mark.parametrize("files", [V1, V2])
+@pytest.mark.parametrize(
+    ("limit", "expected"), [(100 * MEGABYTE, 90), (5 * MEGABYTE, 0), (9223372036854771712, 500), ("max", 500)]
+)
+def test_memory_of_a_container_ends_at_its_limit(machine, tmp_path, files, limit, expected):
+    assert utils.cache_plan.available_memory(container(tmp_path, files, limit)) == expected * MEGABYTE
+
+
+def test_the_tighter_of_two_limits_counts(machine, tmp_path):
+    container(tmp_path, V1, 200 * MEGABYTE)
+    assert utils.cache_plan.available_memory(container(tmp_path, V2, 100 * MEGABYTE)) == 90 * MEGABYTE
+
+
+@pytest.mark.parametrize("missing", V2[:3])
+def test_without_a_containers_files_the_machine_counts(machine, tmp_path, missing):
+    assert utils.cache_plan.available_memory(tmp_path) == 500 * MEGABYTE
+    container(tmp_path, V2, 100 * MEGABYTE)
+    (tmp_path / missing).unlink()
+    assert utils.cache_plan.available_memory(tmp_path) == 500 * MEGABYTE

@@ -2,12 +2,15 @@
 
 import math
 import shutil
+from pathlib import Path
 
 import pytest
+import yaml
 
 from common.errors import UserError
 from tests.run_folders import make_run, row
 from utils.comparison import compare_runs
+from utils.result_files import write_pixel_errors
 
 NAME = "INP-Former-Single-Class"
 FLOAT_ROWS = {"bottle": row(0.9, AUPRO=0.6), "cable": row(0.8, AUPRO=0.5), "carpet": row(0.7)}
@@ -74,12 +77,64 @@ def test_other_differences_than_the_seed_keep_runs_apart(tmp_path, flags):
         ("--encoder", "dinov2reg_vit_small_14"),
         ("--mask_threshold", "0"),
         ("--INP_num", "4"),
+        ("--skip_bad_images",),
+        ("--precision", "bf16"),
+        ("--batch_size", "4"),
     ],
 )
 def test_a_float_run_of_another_kind_is_not_compared_with(tmp_path, flags):
     float_run = make_run(tmp_path, FLOAT_ROWS, *flags)
     groups = only_section(float_run, make_run(tmp_path, FLOAT_ROWS, stage=1)).groups
     assert groups[1].pairs == []
+
+
+def test_a_float_run_on_another_split_is_not_compared_with(tmp_path):
+    flags = ("--dataset", "Real-IAD")
+    float_run = make_run(tmp_path, {"audiojack": row(0.9)}, *flags, "--realiad_json", "other")
+    assert only_section(float_run, make_run(tmp_path, {"audiojack": row(0.8)}, *flags, stage=1)).groups[1].pairs == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "pairs"), [(("multi",), 0), (("few",), 0), (("few", "--per_category"), 1), (("single",), 1)]
+)
+def test_one_model_is_compared_with_float_only_if_that_saw_the_same_categories(tmp_path, settings, pairs):
+    setting, *flags = settings
+    runs = [
+        make_run(tmp_path, FLOAT_ROWS, *flags, setting=setting),
+        make_run(tmp_path, FLOAT_ROWS, *flags, "--item", "bottle", "cable", setting=setting, stage=1),
+        make_run(tmp_path, FLOAT_ROWS, *flags, "--item", "cable", "bottle", "--save_name", "two", setting=setting, stage=2),
+    ]
+    assert [len(group.pairs) for group in only_section(*runs).groups] == [0, pairs, pairs]
+    same = make_run(tmp_path, FLOAT_ROWS, *flags, "--item", "cable", "bottle", "--save_name", "same", setting=setting)
+    assert [len(group.pairs) for group in only_section(*runs, same).groups] == [0, 0, 1, 1]
+
+
+def test_the_batch_of_all_processes_counts_for_pairs_and_means(tmp_path):
+    rows = {"bottle": row(0.9)}
+    float_run = make_run(tmp_path, rows)  # 16 images in a step
+    shared = make_run(tmp_path, rows, "--batch_size", "4", stage=1, processes=4)
+    second = make_run(tmp_path, rows, "--seed", "2", "--save_name", "second", stage=1)
+    larger = make_run(tmp_path, rows, "--seed", "3", "--save_name", "larger", stage=1, processes=4)
+    groups = only_section(float_run, shared, second, larger).groups
+    assert [[part.run.folders[0] for part in group.parts] for group in groups] == [[float_run], [shared, second], [larger]]
+    assert [len(group.pairs) for group in groups] == [0, 1, 0]
+
+
+def test_folders_trained_by_another_number_of_processes_are_not_one_run(tmp_path):
+    one = make_run(tmp_path / "a", {"cable": row(0.8)})
+    two = make_run(tmp_path / "b", {"bottle": row(0.7)}, processes=4)
+    (warning,) = compare_runs([one, two]).warnings
+    assert "differ in processes;" in warning
+
+
+def test_a_configuration_older_than_a_flag_has_its_default(tmp_path):
+    flags = ("--dataset", "Real-IAD")
+    old, new = (make_run(tmp_path, {"audiojack": row(value)}, *flags, stage=stage) for value, stage in ((0.9, 0), (0.8, 1)))
+    config = yaml.safe_load((old / "config.yaml").read_text())
+    for key in ("realiad_json", "skip_bad_images", "precision", "scoring", "setting", "allow_missing_masks"):
+        del config[key]
+    (old / "config.yaml").write_text(yaml.safe_dump(config))
+    assert only_section(old, new).groups[1].difference("I-AUROC", ["audiojack"]).mean == pytest.approx(-0.1)
 
 
 def test_runs_on_other_encoder_weights_are_neither_compared_nor_averaged(tmp_path):
@@ -136,6 +191,21 @@ def test_what_is_missing_is_said(tmp_path):
     ]
 
 
+def test_a_data_set_that_is_left_out_is_one_short_line(tmp_path):
+    def absent(dataset: str, *names: str) -> list[Path]:
+        return [tmp_path / f"{name}_dataset={dataset}_Encoder=e_Resize=448_Crop=392_INP_num=6" for name in names]
+
+    run = make_run(tmp_path, FLOAT_ROWS)
+    visa, real, mvtec = absent("VisA", "FP", "one", "two"), absent("Real-IAD", "FP"), absent("MVTec-AD", "one", "two")
+    missing = compare_runs([run, *visa, *real, *mvtec]).missing
+    assert missing[:-1] == (
+        *(f"{folder}: nothing is trained yet" for folder in mvtec),
+        "VisA: nothing is trained yet in any of 3 run folders",
+        f"Real-IAD: nothing is trained yet in {real[0]}",
+    )
+    assert "3 of 15 categories" in missing[-1]
+
+
 def test_nothing_at_all_and_folders_of_other_things_are_errors(tmp_path):
     with pytest.raises(UserError, match="no results in"):
         compare_runs([tmp_path / "absent", make_run(tmp_path, {})])
@@ -157,6 +227,18 @@ def test_categories_from_several_machines_are_one_run(tmp_path):
     assert group.average("I-AUROC", group.items).mean == pytest.approx(0.85)
     assert comparison.warnings == ()
     assert any("2 of 15" in line for line in comparison.missing)
+
+
+def test_errors_of_pixel_metrics_are_kept_by_machine_and_by_data_set(tmp_path):
+    flags = ("--dataset", "MVTec-AD+VisA", "--data_path", "one", "two")
+    folders = []
+    for root, item, error in (("a", "MVTec-AD/bottle", 0.001), ("b", "VisA/candle", 0.002)):
+        folders.append(make_run(tmp_path / root, {item: row(0.9)}, *flags, items=[item]))
+        write_pixel_errors(folders[-1] / "pixel_errors.csv", {item: error})
+    sections = compare_runs(folders).sections
+    errors = [section.groups[0].pixel_error(section.groups[0].items) for section in sections]
+    assert [section.dataset for section in sections] == ["MVTec-AD", "VisA"]
+    assert errors == [0.001, 0.002]
 
 
 def test_machines_that_disagree_are_an_error_that_names_both(tmp_path):
@@ -244,3 +326,13 @@ def test_a_damaged_file_of_a_run_is_named(tmp_path):
         compare_runs([folder])
     shutil.rmtree(folder)
     assert make_run(tmp_path, FLOAT_ROWS) == folder
+
+
+def test_a_damaged_table_of_one_run_is_missing_and_the_others_are_shown(tmp_path):
+    whole = make_run(tmp_path, {"bottle": row(0.5)})
+    cut = make_run(tmp_path, {"bottle": row(0.75)}, stage=1)
+    path = cut / "results.csv"
+    path.write_text(path.read_text()[:-3])
+    comparison = compare_runs([whole, cut])
+    assert [run.folders for run in comparison.runs if run.rows] == [(whole,)]
+    assert any(str(path) in line and "cut short" in line for line in comparison.missing)

@@ -47,6 +47,16 @@ def test_exif_rotation_is_applied(tmp_path):
     assert image_size(tmp_path / "turned.png") == (48, 64)
 
 
+def test_size_of_a_square_image_comes_from_its_header_alone(tmp_path):
+    """A PNG file may hide its rotation behind the pixels, which a cut one shows by failing; a square needs none of that."""
+    for side in (48, 64):
+        path = save(tmp_path / f"{side}.png", np.random.default_rng(0).integers(0, 255, (64, side), dtype=np.uint8))
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    assert image_size(tmp_path / "64.png") == (64, 64)
+    with pytest.raises(UserError, match=r"48\.png"):
+        image_size(tmp_path / "48.png")
+
+
 @pytest.mark.parametrize("content", [b"", b"no image at all", b"\x89PNG\r\n\x1a\n"])
 def test_what_is_no_image_names_its_path(tmp_path, content):
     path = tmp_path / "bad.png"

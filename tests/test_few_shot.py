@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from common.errors import UserError
-from datasets.few_shot import VARIANTS_PER_IMAGE, FewShotDataset, augmented, choose_shots
+from datasets.few_shot import VARIANTS_PER_IMAGE, FewShotDataset, choose_shots, variant
 from datasets.mvtec import train_records
 from datasets.records import ImageDataset, Record
 from tests.miniature import make_mvtec
@@ -25,7 +25,8 @@ def noise(side: int = SIDE, seed: int = 0) -> np.ndarray:
 
 
 def variants(image: np.ndarray) -> np.ndarray:
-    return augmented(torch.from_numpy(image).float()).double().numpy()
+    tensor = torch.from_numpy(image).float()
+    return torch.stack([variant(tensor, number) for number in range(VARIANTS_PER_IMAGE)]).double().numpy()
 
 
 def records(names, item: str = "bottle", folder: str = "train/good") -> list[Record]:
@@ -89,7 +90,7 @@ def test_positive_angles_turn_anticlockwise_as_the_quarter_turns_do():
     """A spot right of the centre climbs: 45 degrees bring it up to the diagonal, 90 degrees to the top."""
     image = np.zeros((3, 21, 21))
     image[:, 9:12, 17:20] = 1
-    spots = [np.unravel_index(variant[0].argmax(), (21, 21)) for variant in variants(image)]
+    spots = [np.unravel_index(turned[0].argmax(), (21, 21)) for turned in variants(image)]
     centres = [(spot[0] - 10, spot[1] - 10) for spot in spots]
     assert centres[8][0] < -3
     assert centres[8][1] > 3
@@ -123,7 +124,7 @@ def test_there_are_22_different_variants():
     result = variants(noise())
     assert result.shape == (22, 3, SIDE, SIDE)
     assert VARIANTS_PER_IMAGE == 22
-    assert len({variant.tobytes() for variant in result}) == 22
+    assert len({one.tobytes() for one in result}) == 22
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -176,11 +177,10 @@ def test_the_data_set_has_all_variants_of_the_first_image_first(images):
     data = FewShotDataset(images)
     assert len(data) == len(data.records) == 4 * 22
     for source in range(4):
-        expected = augmented(images.image(source))
-        for variant in range(22):
-            item = data[22 * source + variant]
-            assert torch.equal(item["image"], expected[variant])
-            assert item["path"] == str(data.records[22 * source + variant].path) == images[source]["path"]
+        for number in range(22):
+            item = data[22 * source + number]
+            assert torch.equal(item["image"], variant(images.image(source), number))
+            assert item["path"] == str(data.records[22 * source + number].path) == images[source]["path"]
             assert item.keys() == images[source].keys()
     assert (data[50]["item"], data[50]["label"], data[50]["mask"].shape) == ("cable", 0, (1, 56, 56))
     assert (data.input_size, data.crop_size) == (64, 56)
@@ -191,8 +191,8 @@ def test_an_image_is_read_once_and_is_not_changed_by_its_users(images, monkeypat
     data = FewShotDataset(images)
     read = []
     monkeypatch.setattr(images, "image", lambda index: read.append(index) or torch.ones(3, 56, 56))
-    for variant in range(22):
-        data.image(22 + variant).zero_()
+    for number in range(22):
+        data.image(22 + number).zero_()
     assert read == [1]
     assert torch.equal(data.image(22), torch.ones(3, 56, 56))
 

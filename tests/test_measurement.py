@@ -4,8 +4,9 @@ import logging
 import multiprocessing
 import os
 import pickle
+import re
 import socket
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common.errors import NumericError, UserError
-from datasets.catalog import LAYOUTS
-from datasets.records import DefectRegion, Record
+from datasets.catalog import LAYOUTS, ListingOptions
+from datasets.records import DefectRegion, ImageDataset, Record
 from models.detector import Detector
+from scripts import evaluate as evaluation_tool
+from tests.miniature import make_mvtec
+from tests.miniature_layouts import make_loco
 from tests.test_evaluation import FirstChannel, SmallMemory
 from tests.test_pixel_scores import slow_saturated_overlap
 from utils.distributed import process_group
@@ -117,10 +121,9 @@ def test_measurement_equals_that_of_all_maps(pro_mode):
     assert measurement.metrics == named(evaluation.metrics(pro_mode))
     assert None not in measurement.metrics.values()
     assert measurement.paths == evaluation.paths
-    assert measurement.kinds[:4] == ["", "logical_anomalies", "", "structural_anomalies"]
-    for name in ("labels", "scores", "has_pixel_truth"):
+    for name in ("labels", "scores"):
         np.testing.assert_array_equal(getattr(measurement, name), getattr(evaluation, name))
-    assert measurement.has_pixel_truth.tolist() == [True] * 9 + [False, True]
+    assert evaluation.has_pixel_truth.tolist() == [True] * 9 + [False, True]
     assert measurement.empty_masks == 1
     assert (measurement.pixel_error, measurement.mean_gate) == (None, None)
 
@@ -132,7 +135,7 @@ def test_a_category_without_images_has_no_metrics():
 
 
 def test_beyond_the_memory_bound_bins_give_the_metrics_and_say_how_far_off(caplog):
-    caplog.set_level(logging.INFO)
+    caplog.set_level(logging.WARNING)  # what --quiet shows
     data = Images()
     exact, binned = run(data), run(data, memory=LITTLE)
     assert 0 < binned.pixel_error < 1e-3
@@ -296,5 +299,62 @@ def test_two_processes_measure_what_one_does(tmp_path):
     assert other == {**dict.fromkeys(SCENES), "error": main["error"]}
     for scene in SCENES:
         expected, found = measured(scene), main[scene]
-        for name, value in vars(expected).items():
+        for name, value in vars(replace(expected, seconds=found.seconds)).items():
             np.testing.assert_array_equal(getattr(found, name), value, err_msg=f"{scene}: {name}", strict=True)
+
+
+@pytest.fixture
+def tool(tmp_path, monkeypatch, capsys):
+    """Call the evaluation tool with a packed model's stand-in on a miniature MVTec-LOCO and Folder; returns its outputs."""
+    description = {
+        "preprocessing": {"input_size": 64, "crop_size": 56},
+        "protocol": {**asdict(OPTIONS), "seed": 1},
+        "decision": {"threshold": 2.0},
+    }
+    (tmp_path / "model.binaryad").write_bytes(bytes(30_000))
+    monkeypatch.setattr(evaluation_tool, "load_packed", lambda path, device, weights: (FirstChannel(), description))
+    roots = {"MVTec-LOCO": make_loco(tmp_path / "loco"), "Folder": make_mvtec(tmp_path / "folder")}
+
+    def call(*names: str, flags: tuple[str, ...] = (), item: tuple[str, ...] = ("breakfast_box",)) -> tuple[str, str]:
+        paths = [str(roots[name]) for name in names]
+        words = ["--model", str(tmp_path / "model.binaryad"), "--dataset", "+".join(names), "--data_path", *paths, "--quiet"]
+        assert evaluation_tool.main([*words, "--item", *item, *flags]) == 0
+        return tuple(capsys.readouterr())
+
+    call.roots = roots
+    return call
+
+
+def cells_of(printed: str) -> list[list[str]]:
+    return [re.split(" {2,}", line.strip()) for line in printed.splitlines()]
+
+
+def test_tool_shows_the_columns_that_a_data_set_has_beyond_the_seven(tool):
+    header, logical, plain = cells_of(tool("MVTec-LOCO", "Folder", item=("breakfast_box", "bottle"))[0])
+    extra = ["I-AUROC-logical", "I-AUROC-structural", "I-AUROC-mean", "AU-sPRO"]
+    assert header == ["model", "item", *METRIC_NAMES, *extra, "OK right", "NG right", "MB", "ms per image"]
+    layout = LAYOUTS["MVTec-LOCO"]
+    images = ImageDataset(layout.test(tool.roots["MVTec-LOCO"], "breakfast_box", ListingOptions()), 64, 56)
+    expected = run(images, layout=layout)
+    assert logical[:2] == ["model.binaryad", "MVTec-LOCO/breakfast_box"]
+    assert logical[2:13] == [f"{100 * expected.metrics[name]:.2f}" for name in header[2:13]]
+    judged = [(label, score > 2.0) for label, score in zip(expected.labels, expected.scores, strict=True)]
+    assert logical[13:16] == [f"{judged.count((0, False))}/3", f"{judged.count((1, True))}/4", "0.03"]
+    assert plain[9:13] == ["n/a"] * 4
+    assert cells_of(tool("Folder", item=("bottle",))[0])[0] == [*header[:9], *header[13:]]
+
+
+def test_tool_keeps_to_the_memory_it_is_given(tool):
+    exact, nothing = tool("MVTec-LOCO")
+    binned, errors = tool("MVTec-LOCO", flags=("--metrics_memory", "0.001"))
+    assert "bins" not in nothing
+    assert "--metrics_memory allows 0.001 GB" in errors
+    assert "the exact values lie within" in errors
+    for first, second in zip(cells_of(exact)[1][2:13], cells_of(binned)[1][2:13], strict=True):
+        assert float(second) == pytest.approx(float(first), abs=0.1)
+
+
+def test_tool_under_torchrun_prints_one_table(tool, monkeypatch):
+    monkeypatch.setattr(evaluation_tool, "measure", lambda *arguments: None)
+    monkeypatch.setattr(evaluation_tool, "is_main", lambda: False)
+    assert tool("Folder", item=("bottle",))[0] == ""

@@ -298,3 +298,15 @@ def test_pixel_metrics_from_bins_are_marked_until_they_are_exact(train, tmp_path
     for metric in ("P-AUROC", "P-AP", "P-F1", "AUPRO"):
         assert abs(float(binned["nut"][metric]) - float(exact["nut"][metric])) <= errors["nut"] + 1e-4
     assert [row["item"] for row in csv.DictReader(path.open())] == ["bottle"]
+
+
+def test_a_category_without_stage_1_does_not_keep_the_others_from_stage_2(train, tmp_path, data, capsys):
+    assert train(*ITERATIONS, "--item", "nut", data=data) == 0
+    stage_2 = (*ITERATIONS, "--clb_stage", "2", "--load_checkpoint", "INP-Former-Single-Class")
+    assert train(*stage_2, data=data) == 1
+    folder = run_folder(tmp_path, "INP-Former-Single-Class-CLB2")
+    assert [row["item"] for row in rows(folder)] == ["nut", "Mean"]
+    (failure,) = csv.DictReader((folder / "failures.csv").open())
+    assert failure["item"] == "bottle"
+    assert "no model for 'INP-Former-Single-Class'" in failure["reason"]
+    assert train(*stage_2, "--item", "bottle", data=data) == 2

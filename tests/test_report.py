@@ -14,8 +14,8 @@ from tests.run_folders import make_run
 from utils.evaluation import Evaluation
 from utils.metrics import METRIC_NAMES
 from utils.pictures import heat_map, outline, outline_level, pick_worst_and_best, write_contact_sheet
-from utils.report import format_results, write_run_report
-from utils.result_files import MetricsLog, read_metrics, read_results, write_results, write_scores
+from utils.report import format_results, points_at_most, write_run_report
+from utils.result_files import MetricsLog, read_metrics, read_results, write_pixel_errors, write_results, write_scores
 from utils.settings import DataOptions
 
 CALIBRATION = {"map_median": 0.1, "map_limit": 0.3}
@@ -134,3 +134,18 @@ def test_report_of_one_model_shows_its_loss_once_and_every_category_of_every_dat
     cells = {name: re.search(rf"<tr><td>{name}</td>(.*?)</tr>", page)[1] for name in ("Mean MVTec-AD", "Mean VisA", "Mean")}
     assert [re.findall(r"<td>([^<]*)</td>", text)[0] for text in cells.values()] == ["75.00", "60.00", "70.00"]
     assert re.findall(r"<td>([^<]*)</td>", cells["Mean VisA"])[-1] == "25.00"
+
+
+def test_report_says_which_pixel_metrics_come_from_bins(tmp_path):
+    folder = make_run(tmp_path, {"bottle": row(P_AP=0.5), "<b>": row(P_AP=0.5), "cable": row(P_AP=0.5)})
+    write_run_report(folder)
+    assert "bins" not in (folder / "report.html").read_text()
+    write_pixel_errors(folder / "pixel_errors.csv", {"bottle": 0.00012, "<b>": 0.000153, "deleted": 0.5})
+    write_run_report(folder)
+    note = "pixel metrics of bottle, &lt;b&gt; come from bins, off by at most 0.02 points<"  # 0.0153, rounded up
+    assert note in (folder / "report.html").read_text()
+
+
+@pytest.mark.parametrize(("error", "points"), [(0.0, "0.01"), (0.000001, "0.01"), (0.0002, "0.02"), (0.03001, "3.01")])
+def test_a_largest_error_is_never_rounded_down(error, points):
+    assert points_at_most(error) == points

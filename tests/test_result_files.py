@@ -1,5 +1,7 @@
 """results.csv with columns that only some data sets have, and with several data sets."""
 
+import re
+
 import pytest
 
 from common.errors import UserError
@@ -59,4 +61,33 @@ def test_other_columns_are_damage(tmp_path, header):
     path = tmp_path / "results.csv"
     path.write_text(f"{header}\n")
     with pytest.raises(UserError, match=r"results\.csv.*unknown columns"):
+        read_results(path)
+
+
+def test_a_table_cut_short_is_never_taken_for_numbers(tmp_path):
+    path = tmp_path / "results.csv"
+    write_results(path, {item: dict.fromkeys(METRIC_NAMES, 0.9419) for item in ("bottle", "cable")})
+    complete = path.read_text()
+    for length in range(len(complete)):
+        if complete[:length].endswith("\n"):
+            continue  # a whole table of fewer categories
+        path.write_text(complete[:length])
+        with pytest.raises(UserError, match=r"results damaged: .*results\.csv.* (cut short|empty)"):
+            read_results(path)
+
+
+@pytest.mark.parametrize(
+    ("found", "reason"),
+    [
+        ("1.9826", "line 2 has '1.9826'"),
+        ("0.94", "line 2 has '0.94'"),
+        ("nan", "'nan'"),
+        ("0.9419,0.9419", "line 2 has 9 of 8"),
+    ],
+)
+def test_numbers_that_no_run_wrote_are_refused(tmp_path, found, reason):
+    path = tmp_path / "results.csv"
+    write_results(path, {"bottle": dict.fromkeys(METRIC_NAMES, 0.9419)})
+    path.write_text(path.read_text().replace("bottle,0.9419", f"bottle,{found}"))
+    with pytest.raises(UserError, match=re.escape(reason)):
         read_results(path)

@@ -17,9 +17,10 @@ from tests.miniature import make_mvtec
 from tests.run_folders import make_run, row
 from utils.arguments import base_parser, parse
 from utils.comparison import compare_runs
-from utils.comparison_tables import category_table, claim_lines, cost_table, overview, result_table
+from utils.comparison_tables import category_table, claim_lines, cost_table, overview, provenance_table, result_table
 from utils.metrics import METRIC_NAMES
 from utils.published import PUBLISHED_FILE, read_published
+from utils.result_files import write_pixel_errors
 from utils.tables import Table
 
 NAME = "INP-Former-Multi-Class"
@@ -115,6 +116,88 @@ def test_a_run_of_other_sizes_is_said_to_differ_from_published_rows(tmp_path):
     run = make_run(tmp_path, {"bottle": row(0.9)}, "--encoder", "dinov2reg_vit_small_14", setting="multi")
     notes = result_table(section_of(run), read_published()).notes
     assert f"{NAME}-FP differs from the published rows: dinov2reg_vit_small_14 at 448/392 px." in notes
+
+
+@pytest.mark.parametrize("split", ["realiad_jsons", "realiad_jsons_sv"])
+def test_another_split_of_real_iad_is_said_to_be_not_comparable(tmp_path, split):
+    flags = ("--dataset", "Real-IAD", "--realiad_json", split)
+    section = section_of(make_run(tmp_path, {"audiojack": row(0.9)}, *flags, setting="multi"))
+    said = [note for note in result_table(section, read_published()).notes if "split" in note]
+    line = f"{NAME}-FP is not comparable with the published rows: split {split} of Real-IAD, theirs is realiad_jsons."
+    assert said == ([] if split == "realiad_jsons" else [line])
+    output = ["--csv", str(tmp_path / "table.csv"), "--html", str(tmp_path / "page.html")]
+    assert report.main([*(str(folder) for folder in section.parts[0].run.folders), *output]) == 0
+    lines = [line for line in csv.DictReader((tmp_path / "table.csv").open()) if line["kind"] != "claim"]
+    assert {line["realiad_json"] for line in lines if line["kind"] == "run"} == {split}
+    assert {line["realiad_json"] for line in lines if line["kind"] != "run"} == {"realiad_jsons"}
+
+
+def test_pixel_metrics_from_bins_are_marked_in_every_form(half_table, tmp_path, capsys):
+    write_pixel_errors(half_table[1] / "pixel_errors.csv", {"cable": 0.000153, "bottle": 0.0001, "hazelnut": 0.5})
+    output = tmp_path / "table.md"
+    assert report.main([*map(str, half_table), "--output", str(output), "--html", str(tmp_path / "page.html")]) == 0
+    note = f"{NAME}-FP: pixel metrics of 2 of 3 categories come from bins, off by at most 0.02 points."
+    for text in (output.read_text(), (tmp_path / "page.html").read_text(), capsys.readouterr().out):
+        assert text.count("categories come from bins") == text.count(note) == 1
+    lines = {(line["name"], line["item"]): line for line in csv.DictReader(output.with_suffix(".csv").open())}
+    errors = {item: line["pixel_error"] for (name, item), line in lines.items() if name == f"{NAME}-FP"}
+    assert errors == {"Mean": "0.0153", "bottle": "0.0100", "cable": "0.0153", "carpet": ""}
+    assert {line["pixel_error"] for (name, _), line in lines.items() if name != f"{NAME}-FP"} == {""}
+
+
+def test_every_folder_of_a_row_shows_where_its_numbers_come_from(tmp_path):
+    runs = [
+        make_run(tmp_path / "a", {"cable": row(0.8)}, "--batch_size", "4", processes=4),
+        make_run(
+            tmp_path / "b", {"bottle": row(0.9)}, "--batch_size", "4",
+            commit="b" * 40 + "+changes", date="2026-02-03", device="cuda", encoder_source="file", processes=4,
+        ),
+        make_run(tmp_path, {"cable": row(0.8), "bottle": row(0.8)}, "--seed", "2", "--save_name", "two", commit="c" * 40),
+    ]  # fmt: skip
+    comparison = compare_runs(runs)
+    lines = records(provenance_table(comparison.runs))
+    assert [(line["commit"], line["date"], line["device"], line["weights"]) for line in lines] == [
+        ("c0ffee", "2026-01-02", "cpu", "hub"),
+        ("b" * 40 + "+changes", "2026-02-03", "cuda", "file"),
+        ("c" * 40, "2026-01-02", "cpu", "hub"),
+    ]
+    assert [line["training"].split(", ")[1] for line in lines] == ["batch 16 (4 x 4)", "batch 16 (4 x 4)", "batch 16"]
+    (ours,) = [line for line in records(result_table(comparison.sections[0], read_published())) if line["kind"] == "ours"]
+    assert ours["seed"] == "n = 2 (1 2)"  # a step has 16 images in both
+    assert ours["source"] == "commits c0ffee, bbbbbbbbbb+changes, cccccccccc"
+
+
+@pytest.mark.parametrize(
+    ("names", "shared"),
+    [
+        (("seed1-multi-float", "seed2-multi-float"), "multi-float"),
+        ((f"{NAME}-FP", f"{NAME}-seed2-FP"), f"{NAME}-FP"),
+        (("float-seed1", "float-seed2"), "float"),
+        (("float_seed1", "float_seed2"), "float"),
+        (("seed1", "seed2"), "seed1"),
+        (("seed1-multi", "seed2-other"), "seed1-multi"),
+        (("seed1-multi", "seed21-multi"), "seed1-multi"),
+    ],
+)
+def test_the_name_of_several_seeds_has_no_seed(tmp_path, names, shared):
+    runs = [
+        make_run(tmp_path, {"bottle": row(0.9)}, "--seed", seed, "--save_name", name)
+        for seed, name in zip("12", names, strict=True)
+    ]
+    assert overview(section_of(*runs)).rows[1][0] == f"{shared} (n=2)"
+
+
+@pytest.mark.parametrize("names", [("seed1-float", "seed2-float"), ("x-FP", "x-seed2-FP")])
+def test_binary_runs_are_averaged_though_their_teachers_names_carry_the_seed(tmp_path, names):
+    runs = []
+    for seed, name in zip("12", names, strict=True):
+        flags = ("--seed", seed, "--save_name")
+        runs.append(make_run(tmp_path, {"bottle": row(0.9)}, *flags, name))
+        teacher = ("--distill", "1", "--distill_teacher", name)
+        runs.append(make_run(tmp_path, {"bottle": row(0.9)}, *flags, f"binary{seed}", *teacher, stage=1))
+    binary = records(result_table(section_of(*runs), read_published()))[-1]
+    assert binary["seed"] == "n = 2 (1 2)"
+    assert binary["compared with float over"] == f"1 categories ({'float' if 'float' in names[0] else 'x-FP'})"
 
 
 def test_seeds_are_shown_as_mean_and_standard_deviation(tmp_path):
@@ -330,7 +413,7 @@ def test_environment_reaches_the_trainings(table_script):
     data = "--dataset MVTec-AD --data_path data/mvtec --phase train --clb_stage 2 --load_checkpoint"
     end = (
         "--item bottle cable --total_iters 100 --save_dir runs --encoder dinov2reg_vit_small_14 --encoder_weights w.pth "
-        "--resume --input_size 64 --crop_size=56 --device cpu"
+        "--resume --input_size 64 --crop_size=56 --device cpu --batch_size 8"
     )
     name = "INP-Former-Few-Shot"
     second = f"{name}-seed2 --seed 2 --save_name {name}-seed2-CLB2"
@@ -343,6 +426,21 @@ def test_environment_reaches_the_trainings(table_script):
     tail = "_Encoder=dinov2reg_vit_small_14_Resize=64_Crop=56_INP_num=6"
     assert f"runs/{name}-CLB2-1_dataset=MVTec-AD{tail}" in commands[-1]
     assert f"runs/{name}-seed2-CLB2-4_dataset=Real-IAD{tail}" in commands[-1]
+
+
+@pytest.mark.parametrize(("extra", "share"), [("", "4"), ("--batch_size 8", "2"), ("--batch_size=24", "6")])
+def test_processes_share_the_batch_of_one_process(table_script, extra, share):
+    _, commands, _ = table_script("table_single_class", "--mvtec", "data", NPROC="4", STAGES="0", EXTRA=extra)
+    parsed = parse(base_parser("", "INP-Former", ["single"]), commands[0][commands[0].index("--dataset") :])
+    assert parsed.batch_size == int(share)
+    assert commands[0].count("torch.distributed.run") == 1
+
+
+@pytest.mark.parametrize(("processes", "extra"), [("3", ""), ("32", ""), ("0", ""), ("x", ""), ("2", "--batch_size 5")])
+def test_a_batch_that_processes_cannot_share_is_refused(table_script, processes, extra):
+    code, commands, started = table_script("table_multi_class", "--mvtec", "data", NPROC=processes, EXTRA=extra)
+    assert (code, commands) == (2, [])
+    assert f"NPROC={processes} processes cannot share --batch_size {extra[-1:] or 16} " in started.stderr
 
 
 def test_a_failed_training_is_reported_and_the_others_go_on(table_script):

@@ -5,7 +5,7 @@ import difflib
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import get_args
+from typing import NoReturn, get_args
 
 import yaml
 
@@ -43,6 +43,16 @@ def dataset_names(text: str) -> str:
     return text
 
 
+class OneSentenceParser(argparse.ArgumentParser):
+    """An argparse parser whose errors are one sentence, without the usage before it."""
+
+    config: str | None = None
+
+    def error(self, message: str) -> NoReturn:
+        source = f" (on the command line or in --config {self.config!r})" if self.config else ""
+        self.exit(2, f"error: {message}{source}; see --help\n")
+
+
 def base_parser(doc: str, host: str, settings: Sequence[str]) -> argparse.ArgumentParser:
     """The flags that every training script shares.
 
@@ -51,7 +61,7 @@ def base_parser(doc: str, host: str, settings: Sequence[str]) -> argparse.Argume
         host: host network, for default save names.
         settings: `single`, `multi` and `few` as far as the script offers them, the default first.
     """
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = OneSentenceParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--config", metavar="FILE.yaml", help="defaults by flag name; the command line wins")
     parser.add_argument("--phase", choices=["train", "test"], default="train", help="test: evaluate model.pth, train nothing")
 
@@ -250,10 +260,11 @@ def listing_options(arguments: argparse.Namespace) -> ListingOptions:
 
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line over the defaults of `--config`; argparse ends the process with code 2 on a wrong flag."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first = OneSentenceParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config")
     given, rest = first.parse_known_args(argv)
     tokens = _config_tokens(parser, Path(given.config)) if given.config else []
+    parser.config = given.config
     arguments = parser.parse_args([*tokens, *rest])
     arguments.config = given.config
     return arguments

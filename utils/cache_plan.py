@@ -12,6 +12,10 @@ from utils.distributed import on_main, world_size
 logger = logging.getLogger(__name__)
 
 _LARGEST_SHARE = 0.5  # of the free disk or memory that "auto" may take
+_CONTAINER_FILES = (  # of cgroup version 2 and 1: limit, use, statistics, and the name there of file caches that can be dropped
+    ("memory.max", "memory.current", "memory.stat", "inactive_file"),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_inactive_file"),
+)
 
 
 def plan_cache(
@@ -56,8 +60,25 @@ def free_disk(folder: Path) -> int:
     return shutil.disk_usage(existing).free
 
 
-def available_memory() -> int:
-    """Bytes of memory that could be taken without swapping, file caches that would be dropped included."""
+def available_memory(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """Bytes of memory that could be taken without swapping, file caches that would be dropped included.
+
+    Of the machine, or what is left of a container's limit if that is less.
+    """
+    left = (_left_of_limit(*(cgroup / name for name in files), dropped) for *files, dropped in _CONTAINER_FILES)
+    return min([_available_on_machine(), *(size for size in left if size is not None)])
+
+
+def _left_of_limit(limit: Path, use: Path, statistics: Path, dropped: str) -> int | None:
+    """None without such a cgroup or limit ("max"); one beyond the machine's memory comes out as a large number."""
+    try:
+        caches = dict(line.split() for line in statistics.read_text().splitlines())
+        return max(0, int(limit.read_text()) - int(use.read_text()) + int(caches[dropped]))
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def _available_on_machine() -> int:
     information = Path("/proc/meminfo")
     lines = information.read_text().splitlines() if information.is_file() else []
     available = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
@@ -119,7 +140,7 @@ def _announce(
                 memory,
             )
     for place, sizes, where in (("disk", need, folder), ("ram", resident, f"memory ({memory})")):
-        parts = [part for part in counts if places[part] == place and counts[part]]
+        parts = [part for part in counts if places[part] == place and sizes[part]]
         if parts:
             logger.info(
                 "%s cache: %s: %s to be written to %s; --cache_%ss off goes without",

@@ -1,6 +1,5 @@
 """Runs side by side: what was asked for and is there, which runs belong together, and how far they are from float."""
 
-import re
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -8,18 +7,12 @@ from pathlib import Path
 
 from common.errors import UserError
 from datasets.catalog import LAYOUTS
+from utils.comparison_merge import merge_runs
+from utils.comparison_pairs import but_for_seed, float_of, shared_name
 from utils.metrics import column_names
 from utils.published import SETTINGS
-from utils.result_files import Row
-from utils.run_results import Part, Run, folder_name, has_begun, load_run, merge_runs, missing_of, parts_of
-from utils.settings import IDENTITY_KEYS, PROTOCOL_KEYS
-
-# what a run shares with the float run that it is compared with
-_FLOAT_KEYS = (
-    "setting", "dataset", "shot", "per_category", "seed", "encoder", "pos_embed", "input_size", "crop_size", "INP_num",
-    *PROTOCOL_KEYS,
-)  # fmt: skip
-_REFERENCES = ("load_checkpoint", "distill_teacher", "test_checkpoint")  # names of other runs, which carry their seed
+from utils.result_files import DamagedResults, Row
+from utils.run_results import Part, Run, has_begun, load_run, missing_of, not_begun, parts_of
 
 
 @dataclass(frozen=True)
@@ -57,6 +50,22 @@ class Group:
         """Categories that every run and every float run has."""
         return _shared([part for pair in self.pairs for part in pair])
 
+    @property
+    def name(self) -> str:
+        """The save name, without the seed if the runs' names differ in nothing else."""
+        return shared_name([part.run for part in self.parts])
+
+    @property
+    def float_name(self) -> str:
+        """The same of the float runs."""
+        return shared_name([other.run for _, other in self.pairs])
+
+    def pixel_error(self, items: Iterable[str]) -> float | None:
+        """Largest error, as a fraction, of pixel metrics from bins among some categories; None if all are exact."""
+        return max(
+            (part.pixel_errors[item] for part in self.parts for item in items if item in part.pixel_errors), default=None
+        )
+
     def average(self, metric: str, items: Sequence[str]) -> Average | None:
         """Of the runs' means over some categories."""
         return _average([_mean([part.rows[item].get(metric) for item in items]) for part in self.parts])
@@ -79,6 +88,16 @@ class Section:
     @property
     def parts(self) -> list[Part]:
         return [part for group in self.groups for part in group.parts]
+
+    @property
+    def labelled_groups(self) -> list[tuple[str, Group]]:
+        """Each row of our results with what it is called: its name, with its folder where two have the same."""
+        names = [group.name for group in self.groups]
+        labels = [
+            name if names.count(name) == 1 else f"{name} [{group.parts[0].run.folders[0]}]"
+            for name, group in zip(names, self.groups, strict=True)
+        ]
+        return list(zip(labels, self.groups, strict=True))
 
     @property
     def metrics(self) -> list[str]:
@@ -111,8 +130,13 @@ def compare_runs(folders: Iterable[Path]) -> Comparison:
     """
     folders = list(dict.fromkeys(folders))
     begun = [folder for folder in folders if has_begun(folder)]
-    runs, warnings = merge_runs([load_run(folder) for folder in begun])
-    missing = [f"{folder}: nothing is trained yet" for folder in folders if folder not in begun]
+    missing, loaded = not_begun(folders, begun), []
+    for folder in begun:
+        try:
+            loaded.append(load_run(folder))
+        except DamagedResults as error:  # says which file, and how to renew it
+            missing.append(str(error))
+    runs, warnings = merge_runs(loaded)
     missing += [line for run in runs for line in missing_of(run)]
     finished = [run for run in runs if run.rows]
     if not finished:
@@ -144,56 +168,15 @@ def _groups(parts: list[Part]) -> tuple[Group, ...]:
     for part in parts:
         for group in groups:
             seeds = [other.run.config["seed"] for other in group]
-            if _but_for_seed(part.run) == _but_for_seed(group[0].run) and part.run.config["seed"] not in seeds:
+            if but_for_seed(part.run) == but_for_seed(group[0].run) and part.run.config["seed"] not in seeds:
                 group.append(part)
                 break
         else:
             groups.append([part])
     for group in groups:
         group.sort(key=lambda part: part.run.config["seed"])
-    made = [Group(tuple(group), tuple(_float_of(part, parts) for part in group)) for group in groups]
+    made = [Group(tuple(group), tuple(float_of(part, parts) for part in group)) for group in groups]
     return tuple(sorted(made, key=lambda group: group.stage))
-
-
-def _but_for_seed(run: Run) -> dict:
-    """All that determines a run's numbers, without its seed and without the seed in the names it refers to."""
-    config = run.config
-    named = {key: _without_seed(config.get(key), config["seed"]) for key in _REFERENCES}
-    kept = {key: config.get(key) for key in (*IDENTITY_KEYS, *PROTOCOL_KEYS) if key not in ("seed", *_REFERENCES)}
-    return {**kept, **named, "weights": run.environment.get("encoder_sha256"), "test": folder_name(run)[1:]}
-
-
-def _without_seed(name: str | None, seed: int) -> str | None:
-    return None if name is None else re.sub(rf"-?seed{seed}(?!\d)-?", "", name)
-
-
-def _float_of(part: Part, parts: list[Part]) -> Part | None:
-    """The stage-0 run that a binary run compares with: same data, seed, encoder, sizes and protocol, and best also as long."""
-    config = part.run.config
-    if config["clb_stage"] == 0:
-        return None
-    wanted = {key: config.get(key) for key in _FLOAT_KEYS}
-    weights = part.run.environment.get("encoder_sha256")
-    candidates = [
-        other
-        for other in parts
-        if other.run.config["clb_stage"] == 0
-        and {key: other.run.config.get(key) for key in _FLOAT_KEYS} == wanted
-        and other.run.environment.get("encoder_sha256") == weights
-        and _measured(other.run) == _measured(part.run)
-    ]
-
-    def equally_long(other: Part) -> bool:
-        return all(other.run.config.get(key) == config.get(key) for key in ("total_iters", "total_epochs"))
-
-    return max(candidates, key=equally_long, default=None)
-
-
-def _measured(run: Run) -> tuple[str, ...]:
-    """What a test measured otherwise than the training did (forced gates aside: float has none), and zero-shot's source."""
-    training, *test = folder_name(run)
-    changed = re.sub(r"_gate=[^_]*$", "", "".join(test)).removeprefix("test")
-    return changed, *re.findall(r"_Source=(.*)_Target=", training)
 
 
 def _shared(parts: Sequence[Part]) -> list[str]:

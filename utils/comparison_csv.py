@@ -5,22 +5,26 @@ import io
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from datasets.catalog import ListingOptions
 from utils.checkpoint import write_text
 from utils.comparison import Average, Comparison, Group, Section
-from utils.comparison_tables import SCOPES, group_labels
+from utils.comparison_tables import SCOPES
 from utils.published import MEAN, Claim, Published, PublishedRow
 from utils.result_files import safe_cell
 
 _FIRST = ("setting", "dataset", "kind", "name", "stage", "seeds", "n", "item", "categories", "expected")
 _COST_NAMES = ("bytes", "size ratio", "MACs", "MAC ratio")
 _COSTS = tuple(f"{scope} {name}" for scope in SCOPES for name in _COST_NAMES)
-_LAST = ("compared categories", "float run", *_COSTS, "milliseconds", "encoder", "input_size", "crop_size", "source")
-_TEXTS = ("dataset", "name", "item", "float run", "source")  # may begin with a formula sign
+_LAST = (
+    "pixel_error", "compared categories", "float run", *_COSTS, "milliseconds", "encoder", "input_size", "crop_size",
+    "realiad_json", "source",
+)  # fmt: skip
+_TEXTS = ("dataset", "name", "item", "float run", "realiad_json", "source")  # may begin with a formula sign
 _SUFFIXES = ("", " deviation", " difference", " difference deviation")
 
 
 def write_csv(path: Path, comparison: Comparison, published: Published) -> None:
-    """Write the table; metrics, their deviations over seeds and their differences to float are in percent."""
+    """Write the table; metrics, their deviations over seeds, differences to float and largest pixel errors are in percent."""
     metrics = list(dict.fromkeys(metric for section in comparison.sections for metric in section.metrics))
     columns = (*_FIRST, *(metric + suffix for metric in metrics for suffix in _SUFFIXES), *_LAST)
     text = io.StringIO()
@@ -46,6 +50,7 @@ def _published_line(row: PublishedRow) -> dict[str, str]:
         "encoder": row.encoder,
         "input_size": row.input_size,
         "crop_size": row.crop_size,
+        "realiad_json": ListingOptions().realiad_json if row.dataset == "Real-IAD" else "",
         "source": row.source,
     }
 
@@ -58,7 +63,7 @@ def _claim_line(claim: Claim) -> dict[str, str]:
 
 def _our_lines(section: Section) -> Iterator[dict[str, str]]:
     """Each run by itself, and runs that differ in their seed together."""
-    for label, group in zip(group_labels(section), section.groups, strict=True):
+    for label, group in section.labelled_groups:
         members = [(part.run.name, Group((part,), (other,))) for part, other in zip(group.parts, group.floats, strict=True)]
         kinds = [("run", name, member) for name, member in members]
         kinds += [("seeds", label, group)] if len(members) > 1 else []
@@ -71,7 +76,7 @@ def _our_lines(section: Section) -> Iterator[dict[str, str]]:
 
 
 def _line(group: Group, metrics: Sequence[str], item: str, items: Sequence[str], compared: Sequence[str]) -> dict[str, str]:
-    run, config = group.parts[0].run, group.parts[0].run.config
+    run, config, error = group.parts[0].run, group.parts[0].run.config, group.pixel_error(items)
     cells = {
         "stage": str(group.stage),
         "seeds": " ".join(str(part.run.config["seed"]) for part in group.parts),
@@ -79,12 +84,14 @@ def _line(group: Group, metrics: Sequence[str], item: str, items: Sequence[str],
         "item": item,
         "categories": str(len(items)),
         "expected": str(len(group.parts[0].expected)) if item == MEAN else "1",
+        "pixel_error": "" if error is None else f"{100 * error:.4f}",
         "compared categories": str(len(compared)),
         "float run": " ".join(other.run.name for _, other in group.pairs),
         "milliseconds": f"{run.timing['milliseconds']:.2f}" if run.timing else "",
         "encoder": config["encoder"],
         "input_size": str(config["input_size"]),
         "crop_size": str(config["crop_size"]),
+        "realiad_json": config["realiad_json"] if "Real-IAD" in run.datasets else "",
         "source": " ".join(str(folder) for part in group.parts for folder in part.run.folders),
     }
     for metric in metrics:

@@ -10,7 +10,6 @@ from utils.comparison_tables import (
     categories_cell,
     category_table,
     cost_table,
-    group_labels,
     protocol_lines,
     provenance_table,
     result_table,
@@ -70,7 +69,7 @@ def plots(section: Section) -> list[str]:
 
 def _points(section: Section, metric: str, position) -> list[Point]:
     points = []
-    for label, group in zip(group_labels(section), section.groups, strict=True):
+    for label, group in section.labelled_groups:
         average, x = group.average(metric, group.items), position(group.parts[0].run)
         if average is not None and x is not None:
             label = f"{label} ({categories_cell(group)})"

@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 
 from utils.comparison import Average, Comparison, Group, Section
+from utils.comparison_notes import FEWER_MARK, pixel_error_notes, result_notes
 from utils.published import MEAN, Claim, Published, PublishedRow
 from utils.run_results import Run
 from utils.tables import Table
 
 SCOPES = ("decoder side", "whole model")
-FEWER_MARK = "†"
 _ABSENT = "n/a"
 
 
@@ -18,15 +18,6 @@ def percent(value: Average | None, sign: bool = False) -> str:
         return _ABSENT
     text = f"{100 * value.mean:+.2f}" if sign else f"{100 * value.mean:.2f}"
     return text if value.deviation is None else f"{text} ± {100 * value.deviation:.2f}"
-
-
-def group_labels(section: Section) -> list[str]:
-    """A name for each row of a section: the save name, with its folder where two runs have the same."""
-    names = [group.parts[0].run.name for group in section.groups]
-    return [
-        name if names.count(name) == 1 else f"{name} [{group.parts[0].run.folders[0]}]"
-        for name, group in zip(names, section.groups, strict=True)
-    ]
 
 
 def categories_cell(group: Group) -> str:
@@ -44,12 +35,12 @@ def seeds_cell(group: Group) -> str:
 def overview(section: Section) -> Table:
     """Our means alone, narrow enough for a terminal."""
     rows = [("run", "stage", "items", *section.metrics)]
-    for label, group in zip(group_labels(section), section.groups, strict=True):
+    for label, group in section.labelled_groups:
         name = label if len(group.parts) == 1 else f"{label} (n={len(group.parts)})"
         counts = f"{len(group.items)}/{len(group.parts[0].expected)}"
         means = (percent(group.average(metric, group.items)) for metric in section.metrics)
         rows.append((name, str(group.stage), counts, *means))
-    return Table(f"{section.setting}, {section.dataset}", rows)
+    return Table(f"{section.setting}, {section.dataset}", rows, tuple(pixel_error_notes(section)))
 
 
 def result_table(section: Section, published: Published) -> Table:
@@ -58,13 +49,11 @@ def result_table(section: Section, published: Published) -> Table:
     others = [row for row in published.of(section.setting, section.dataset) if row.item == MEAN]
     for row in others:
         rows.append((row.method, row.kind, "", "", "all", *_published_cells(row, section.metrics), "", row.source))
-    for label, group in zip(group_labels(section), section.groups, strict=True):
+    for label, group in section.labelled_groups:
         cells = _our_cells(group, section.metrics, group.items, group.items_with_float)
-        commit = str(group.parts[0].run.environment.get("commit") or "unknown")
-        source = f"commit {commit[:10]}{'+changes' if commit.endswith('+changes') else ''}"
         first = (label, "ours", str(group.stage), seeds_cell(group), categories_cell(group))
-        rows.append((*first, *cells, _float_cell(group), source))
-    return Table("Results", rows, (*_result_notes(section, others), *claim_lines(section, published.claims)))
+        rows.append((*first, *cells, _float_cell(group), _source_cell(group)))
+    return Table("Results", rows, (*result_notes(section, others), *claim_lines(section, published.claims)))
 
 
 def cost_table(section: Section) -> Table:
@@ -72,7 +61,7 @@ def cost_table(section: Section) -> Table:
     header = [f"{scope}: {what}" for scope in SCOPES for what in ("MB", "size ratio", "GMAC", "MAC ratio")]
     rows = [("run", *header, "ms", "engine")]
     machines = set()
-    for label, group in zip(group_labels(section), section.groups, strict=True):
+    for label, group in section.labelled_groups:
         run, cells = group.parts[0].run, []
         for scope in SCOPES:
             cost = run.cost[scope] if run.cost else None
@@ -97,7 +86,7 @@ def category_table(section: Section, published: Published) -> Table:
         for row in others:
             if row.item == item:
                 rows.append((item, row.method, row.kind, "", *_published_cells(row, section.metrics)))
-        for label, group in zip(group_labels(section), section.groups, strict=True):
+        for label, group in section.labelled_groups:
             if item in group.items:
                 compared = [item] if item in group.items_with_float else []
                 rows.append((item, label, "ours", str(group.stage), *_our_cells(group, section.metrics, [item], compared)))
@@ -108,9 +97,9 @@ def provenance_table(runs: Sequence[Run]) -> Table:
     """Where our numbers come from."""
     rows = [("run", "folder", "commit", "date", "device", "encoder", "weights", "input/crop", "seed", "training")]
     for run in runs:
-        config, environment = run.config, run.environment
+        config = run.config
         length = f"{config['total_iters']} iterations" if config.get("total_iters") else f"{config['total_epochs']} epochs"
-        for folder in run.folders:
+        for folder, environment in zip(run.folders, run.environments, strict=True):
             rows.append(
                 (
                     run.name,
@@ -122,7 +111,7 @@ def provenance_table(runs: Sequence[Run]) -> Table:
                     str(environment.get("encoder_source", "unknown")),
                     f"{config['input_size']}/{config['crop_size']}",
                     str(config["seed"]),
-                    f"{length}, batch {config['batch_size']}",
+                    f"{length}, batch {_batch_cell(run)}",
                 )
             )
     return Table("Our runs", rows)
@@ -139,7 +128,7 @@ def claim_lines(section: Section, claims: Sequence[Claim]) -> list[str]:
     for claim in claims:
         ours = [
             f"{label} (stage {group.stage}): {_ratios(group.parts[0].run)}, {_auroc_difference(group)}"
-            for label, group in zip(group_labels(section), section.groups, strict=True)
+            for label, group in section.labelled_groups
             if group.stage > 0
         ]
         if ours:
@@ -172,46 +161,26 @@ def _cost_cells(cost) -> list[str]:
     ]
 
 
+def _batch_cell(run: Run) -> str:
+    """Images of a step: those of all processes, and how many processes with how many each."""
+    each = run.config["batch_size"]
+    return str(each) if run.processes == 1 else f"{each * run.processes} ({run.processes} x {each})"
+
+
+def _source_cell(group: Group) -> str:
+    """The commits of all folders that the row comes from."""
+    full = [str(environment.get("commit") or "unknown") for part in group.parts for environment in part.run.environments]
+    short = dict.fromkeys(f"{commit[:10]}{'+changes' if commit.endswith('+changes') else ''}" for commit in full)
+    return f"commit{'s' if len(short) > 1 else ''} {', '.join(short)}"
+
+
 def _float_cell(group: Group) -> str:
     if group.stage == 0:
         return "-"
     if not group.pairs:
         return "no float run"
     seeds = f", {len(group.pairs)} of {len(group.parts)} seeds" if len(group.pairs) < len(group.parts) else ""
-    return f"{len(group.items_with_float)} categories{seeds} ({group.pairs[0][1].run.name})"
-
-
-def _result_notes(section: Section, others: list[PublishedRow]) -> list[str]:
-    notes = [
-        "Percent. Kind: published by authors, reproduced by a reader with the authors' code, ours. In brackets: difference to "
-        "the float run of the same data, seed, encoder, sizes and protocol, over the categories that both have."
-    ]
-    if any(len(group.items) < len(group.parts[0].expected) for group in section.groups):
-        notes.append(f"{FEWER_MARK} Mean over fewer categories than the full data set: not comparable with means over all.")
-    for label, group in zip(group_labels(section), section.groups, strict=True):
-        if any(len(part.rows) > len(group.items) for part in group.parts):
-            notes.append(f"{label}: its seeds have different categories; the mean is over those that all have, see the CSV.")
-    names = [
-        name for name in section.metrics if any(row.get(name) is None for part in section.parts for row in part.rows.values())
-    ]
-    if names:
-        notes.append(f"Left out of a mean where a category does not define it: {', '.join(names)}.")
-    return notes + _setup_notes(section, others)
-
-
-def _setup_notes(section: Section, others: list[PublishedRow]) -> list[str]:
-    """What the published rows were measured with, and which of our runs have another encoder or other sizes."""
-    setups = [(row.encoder, row.input_size, row.crop_size) for row in others if row.encoder and row.input_size]
-    if not setups:
-        return []
-    encoder, size, crop = setups[0]  # the file begins with the paper's own rows; larger and smaller networks say so
-    notes = [f"Published: {encoder} at {size}/{crop} px unless the name says otherwise; INP-Former's P-AP and P-F1: masks > 0."]
-    for label, group in zip(group_labels(section), section.groups, strict=True):
-        config = group.parts[0].run.config
-        ours = (config["encoder"], str(config["input_size"]), str(config["crop_size"]))
-        if ours != setups[0]:
-            notes.append(f"{label} differs from the published rows: {ours[0]} at {ours[1]}/{ours[2]} px.")
-    return notes
+    return f"{len(group.items_with_float)} categories{seeds} ({group.float_name})"
 
 
 def _ratios(run: Run) -> str:

@@ -1,6 +1,7 @@
 """From a trained detector to scores, kept whole for a few images or measured as they come."""
 
 import logging
+import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, fields
@@ -181,18 +182,19 @@ def measure(
     """
     own = _own_images(len(data), batch_size)
     pixels = collector(data.records, len(own), metrics_memory, options.pro_mode, item)
-    columns, error = None, None
+    columns, error, started = None, None, time.perf_counter()
     try:
         with closing(scored_batches(detector, Subset(data, own), options, batch_size, num_workers, precision, item)) as batches:
             columns = _collect(batches, pixels, data, own, options.mask_threshold, layout)
     except CommandError as problem:
         error = problem
+    seconds = time.perf_counter() - started
     raise_first(error)
     pixels.gather()
     gathered = [list(gather_to_main(values)) for values in columns]
     if not is_main():
         return None
-    return measurement_of(data.records, *map(np.concatenate, gathered), pixels, options.pro_mode, item, layout)
+    return measurement_of(data.records, *map(np.concatenate, gathered), pixels, options.pro_mode, item, layout, seconds)
 
 
 def _own_images(count: int, batch_size: int) -> range:

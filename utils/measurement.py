@@ -25,22 +25,22 @@ class Measurement:
     """One category's scores and metrics, without its maps.
 
     Attributes:
-        paths, labels, kinds, scores, has_pixel_truth: per image.
+        paths, labels, scores: per image.
         empty_masks: defective images with known truth whose mask marks nothing within the crop.
         metrics: by column name: the seven, then those that only some data sets have.
         pixel_error: the exact pixel metrics lie at most this far from the given ones; None where these are exact.
         mean_gate: share of the attention maps that was binary, None without gates.
+        seconds: what the main process took to read and score its images, without the metrics.
     """
 
     paths: list[str]
     labels: np.ndarray
-    kinds: list[str]
     scores: np.ndarray
-    has_pixel_truth: np.ndarray
     empty_masks: int
     metrics: dict[str, float | None]
     pixel_error: float | None
     mean_gate: float | None
+    seconds: float
 
 
 def collector(records: list[Record], own_count: int, metrics_memory: float | None, pro_mode: ProMode, item: str) -> PixelScores:
@@ -105,27 +105,28 @@ def measurement_of(
     pro_mode: ProMode,
     item: str,
     layout: Layout,
+    seconds: float,
 ) -> Measurement:
     """All metrics of a category.
 
     Args:
         scores, gates, empty: (n,) per record: image score, mean gate (NaN without gates), whether its mask marks nothing.
         pixels: gathered scores of all records with known truth.
+        seconds: as `Measurement.seconds`.
     """
     labels, kinds = np.array([record.label for record in records], int), [record.kind for record in records]
     metrics = collected_pixel_metrics(pixels, pro_mode)
     if metrics.error is not None:
-        logger.info("%s: pixel metrics from %d bins; the exact values lie within ±%.1e", item, BIN_COUNT, metrics.error)
+        logger.warning("%s: pixel metrics from %d bins; the exact values lie within ±%.1e", item, BIN_COUNT, metrics.error)
     return Measurement(
         paths=[str(record.path) for record in records],
         labels=labels,
-        kinds=kinds,
         scores=scores,
-        has_pixel_truth=np.array([record.has_pixel_truth for record in records], bool),
         empty_masks=int(empty.sum()),
         metrics=_columns(scores, labels, kinds, metrics, layout),
         pixel_error=metrics.error,
         mean_gate=mean_of_gates([None if np.isnan(gate) else gate for gate in gates.tolist()]),
+        seconds=seconds,
     )
 
 

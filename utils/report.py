@@ -4,6 +4,7 @@ import base64
 import csv
 import html
 import json
+import math
 from dataclasses import asdict
 from pathlib import Path
 
@@ -55,6 +56,11 @@ def format_results(rows: dict[str, Row]) -> str:
     return f"{text}\nn/a: not defined for that category; left out of the mean ({', '.join(absent)})" if absent else text
 
 
+def points_at_most(error: float) -> str:
+    """A largest error, given as a fraction, in percentage points, rounded up to a hundredth."""
+    return f"{max(1, math.ceil(round(1e4 * error, 6))) / 100:.2f}"
+
+
 def write_cost(path: Path, table: dict[str, Cost]) -> None:
     """`cost.json`: the counted cost by part."""
     write_text(path, json.dumps({part: asdict(cost) for part, cost in table.items()}, indent=1) + "\n")
@@ -94,6 +100,12 @@ def run_section(folder: Path, training_folder: Path) -> str:
         f"{html.escape(EvaluationOptions.from_config(config).describe())}; percent, n/a where a metric is not defined</p>",
         html_rows(result_rows(rows)),
     ]
+    errors = {item: error for item, error in RunFolder(folder).pixel_errors().items() if item in rows}
+    if errors:
+        note = (
+            f"pixel metrics of {', '.join(errors)} come from bins, off by at most {points_at_most(max(errors.values()))} points"
+        )
+        parts.append(f'<p class="note">{html.escape(note)}</p>')
     if cost:
         parts.append(f"<h2>Cost (counted)</h2><pre>{html.escape(format_cost(cost))}</pre>")
     of_several = [name for name in losses if name not in rows]  # one model of all categories

@@ -5,6 +5,7 @@ import io
 import json
 import logging
 import os
+import re
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,8 +18,14 @@ from utils.metrics import METRIC_NAMES, column_names, mean_metrics
 logger = logging.getLogger(__name__)
 
 Row = dict[str, float | None]
+
+_FRACTION = re.compile(r"0\.\d{4}|1\.0000")
 _MEAN = "Mean"
 _SECONDS_BETWEEN_TABLES = 10
+
+
+class DamagedResults(UserError):
+    """A results.csv that cannot be what a run wrote."""
 
 
 def write_results(path: Path, rows: dict[str, Row]) -> None:
@@ -54,25 +61,30 @@ def _mean_of_data_set(item: str) -> str | None:
 
 
 def read_results(path: Path) -> dict[str, Row]:
-    """Rows by category without the means; raises UserError for a file of another form."""
+    """Rows by category without the means; raises UserError for a file of another form, or one that was cut short."""
     if not path.is_file():
         return {}
-    with path.open(newline="", encoding="utf-8") as file:
-        lines = list(csv.reader(file))
-    try:
-        first, *names = lines[0]
-        if first != "item" or tuple(names[: len(METRIC_NAMES)]) != METRIC_NAMES or len(set(names)) < len(names):
-            raise ValueError("unknown columns")
-        rows = {
-            line[0].removeprefix("'"): {name: float(cell) if cell else None for name, cell in zip(names, line[1:], strict=True)}
-            for line in lines[1:]
-        }
-    except (ValueError, IndexError) as error:
-        raise UserError(
-            f"results damaged: {str(path)!r} is not a results table ({error}); remove it and run --phase test"
-        ) from error
+    text = path.read_text(encoding="utf-8")
+    lines = list(csv.reader(io.StringIO(text, newline="")))
+    if not text.endswith("\n"):
+        raise _damaged(path, f"it is cut short in line {len(lines)}" if lines else "it is empty")
+    first, *names = lines[0]
+    if first != "item" or tuple(names[: len(METRIC_NAMES)]) != METRIC_NAMES or len(set(names)) < len(names):
+        raise _damaged(path, "line 1 has unknown columns")
+    rows = {}
+    for number, (item, *cells) in enumerate(lines[1:], 2):
+        if len(cells) != len(names):
+            raise _damaged(path, f"line {number} has {len(cells) + 1} of {len(names) + 1} cells")
+        wrong = [cell for cell in cells if cell and not _FRACTION.fullmatch(cell)]
+        if wrong:
+            raise _damaged(path, f"line {number} has {wrong[0]!r} where a fraction with 4 decimals should be")
+        rows[item.removeprefix("'")] = {name: float(cell) if cell else None for name, cell in zip(names, cells, strict=True)}
     means = {_MEAN, *map(_mean_of_data_set, rows)}
     return {item: row for item, row in rows.items() if item not in means}
+
+
+def _damaged(path: Path, reason: str) -> DamagedResults:
+    return DamagedResults(f"results damaged: {str(path)!r} is no results table, {reason}; remove it and run --phase test")
 
 
 def write_scores(path: Path, rows: Iterable[tuple[str, str, int, float]]) -> None:

@@ -146,6 +146,7 @@ class RunFolder:
         rows = self.rows()
         for item in items:
             shutil.rmtree(self.item_folder(item), ignore_errors=True)
+            self._note_pixel_error(item, None)
         if rows.keys() & set(items):
             self._write_rows({item: row for item, row in rows.items() if item not in items})
         for name in (model, *items):

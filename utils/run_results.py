@@ -1,12 +1,16 @@
-"""Results as run folders hold them: read, joined where categories lie on several machines, and split by data set."""
+"""Results as run folders hold them: read, split by data set, and what is missing of them."""
 
 import json
-from dataclasses import dataclass, replace
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from binarize.cost import Cost
 from common.errors import UserError
 from datasets.catalog import LAYOUTS
+from utils.arguments import base_parser, parse
 from utils.protocol import EvaluationOptions
 from utils.report import read_cost
 from utils.result_files import Row
@@ -22,7 +26,10 @@ class Run:
 
     Attributes:
         name: its save_name; a test with another protocol appends the name of its own folder.
+        config: content of `config.yaml`, with the defaults of flags that are newer than it.
+        environments: content of each folder's `env.json`.
         rows: metrics as fractions by category; with several data sets the category carries its data set's name.
+        pixel_errors: largest error by category, as a fraction, of those whose pixel metrics come from bins.
         failures: reason by category, of categories that have no row.
         timing: content of `timing.json`, or None.
     """
@@ -30,8 +37,9 @@ class Run:
     name: str
     folders: tuple[Path, ...]
     config: dict
-    environment: dict
+    environments: tuple[dict, ...]
     rows: dict[str, Row]
+    pixel_errors: dict[str, float]
     failures: dict[str, str]
     cost: dict[str, Cost] | None
     timing: dict | None
@@ -39,6 +47,37 @@ class Run:
     @property
     def datasets(self) -> list[str]:
         return self.config["dataset"].split("+")
+
+    @property
+    def items(self) -> list[str]:
+        """Categories that were asked for in any of its folders."""
+        asked = dict.fromkeys(item for environment in self.environments for item in environment.get("items", []))
+        return list(asked) or self.config.get("item") or []
+
+    @property
+    def weights(self) -> str | None:
+        """Hash of the encoder's weights."""
+        return self.environments[0].get("encoder_sha256")
+
+    @property
+    def processes(self) -> int:
+        """How many trained it together, each with batches of its own."""
+        return self.environments[0].get("processes", 1)
+
+    @property
+    def training_data(self) -> dict:
+        """What its training saw in a step and, if all categories share a model, altogether; a zero-shot test does not know."""
+        if self.config.get("test_checkpoint"):
+            return {}
+        return {"batch": self.config["batch_size"] * self.processes, "item": self.trained_items}
+
+    @property
+    def trained_items(self) -> list[str] | None:
+        """Categories that one model was trained on, None for all of them or a model for each."""
+        one_model = self.config["setting"] == "multi" or (
+            self.config["setting"] == "few" and not self.config.get("per_category")
+        )
+        return sorted(self.config["item"]) if one_model and self.config.get("item") else None
 
     @property
     def protocol(self) -> str:
@@ -50,7 +89,7 @@ class Run:
         """Name of the paper's setting, as in `utils.published`."""
         if self.config.get("test_checkpoint"):
             return "zero-shot"
-        kind, shot = self.config.get("setting", "single"), self.config.get("shot")
+        kind, shot = self.config["setting"], self.config.get("shot")
         if kind == "few":
             return f"few-shot {shot} per category" if self.config.get("per_category") else f"few-shot {shot}"
         return ("super-" if kind == "multi" and len(self.datasets) > 1 else "") + f"{kind}-class"
@@ -68,6 +107,7 @@ class Part:
     run: Run
     dataset: str
     rows: dict[str, Row]
+    pixel_errors: dict[str, float]
     expected: tuple[str, ...]
 
     @property
@@ -97,7 +137,24 @@ def load_run(folder: Path) -> Run:
             f"run folder damaged: a JSON file in {str(training)!r} is unusable ({error}); remove that file"
         ) from error
     run = RunFolder(folder)
-    return Run(config["save_name"] + suffix, (folder,), config, environment, run.rows(), run.failures(), cost, timing)
+    return Run(
+        name=config["save_name"] + suffix,
+        folders=(folder,),
+        config={**_defaults(), **config},
+        environments=(environment,),
+        rows=run.rows(),
+        pixel_errors=run.pixel_errors(),
+        failures=run.failures(),
+        cost=cost,
+        timing=timing,
+    )
+
+
+@cache
+def _defaults() -> dict:
+    """Of the flags that determine a run, for configurations that are older than a flag."""
+    defaults = vars(parse(base_parser("", "", ["single"]), []))
+    return {key: defaults[key] for key in (*IDENTITY_KEYS, *PROTOCOL_KEYS) if key in defaults}
 
 
 def training_folder(folder: Path) -> Path:
@@ -106,65 +163,10 @@ def training_folder(folder: Path) -> Path:
     return folder if inside else folder.parent
 
 
-def merge_runs(runs: list[Run]) -> tuple[list[Run], list[str]]:
-    """Runs of one name and configuration as one; and warnings about runs of one name that are not the same."""
-    merged: list[Run] = []
-    warnings = []
-    for run in runs:
-        same_name = [index for index, other in enumerate(merged) if folder_name(other) == folder_name(run)]
-        differences = {index: _configuration_differences(merged[index], run) for index in same_name}
-        joined = next((index for index, keys in differences.items() if not keys), None)
-        if joined is not None:
-            merged[joined] = _joined(merged[joined], run)
-            continue
-        for index, keys in differences.items():
-            if keys != ["seed"]:
-                warnings.append(
-                    f"{merged[index].folders[0]} and {run.folders[0]} have the same name but differ in {', '.join(keys)}; "
-                    "they are shown as separate runs"
-                )
-        merged.append(run)
-    return merged, warnings
-
-
 def folder_name(run: Run) -> tuple[str, ...]:
     """Name of the run's folder, and for a test with another protocol of its folder inside."""
     folder, training = run.folders[0].resolve(), training_folder(run.folders[0]).resolve()
     return (folder.name,) if folder == training else (training.name, folder.name)
-
-
-def _configuration_differences(one: Run, other: Run) -> list[str]:
-    """What keeps two folders from being one run; a model of all categories is another one if the categories are others."""
-    keys = [*IDENTITY_KEYS, *PROTOCOL_KEYS, "test_checkpoint"]
-    one_model = one.config.get("setting", "single") != "single" and not one.config.get("per_category")
-    keys += ["item"] if one_model else []
-    differing = [key for key in keys if one.config.get(key) != other.config.get(key)]
-    if [part.dataset for part in parts_of(one)] != [part.dataset for part in parts_of(other)]:
-        differing.append("data_path")
-    if one.environment.get("encoder_sha256") != other.environment.get("encoder_sha256"):
-        differing.append("encoder weights")
-    return differing
-
-
-def _joined(one: Run, other: Run) -> Run:
-    """One run with the categories of both; raises UserError if they disagree on a category."""
-    for item in one.rows.keys() & other.rows.keys():
-        if one.rows[item] != other.rows[item]:
-            raise UserError(
-                f"{one.folders[0]} and {other.folders[0]} are the same run but have different numbers for {item}; "
-                "give only the folder whose numbers are right"
-            )
-    rows = {**one.rows, **other.rows}
-    items = list(dict.fromkeys([*one.environment.get("items", []), *other.environment.get("items", [])]))
-    return replace(
-        one,
-        folders=(*one.folders, *other.folders),
-        environment={**one.environment, "items": items} if items else one.environment,
-        rows=rows,
-        failures={item: reason for item, reason in (one.failures | other.failures).items() if item not in rows},
-        cost=one.cost or other.cost,
-        timing=one.timing or other.timing,
-    )
 
 
 def parts_of(run: Run) -> list[Part]:
@@ -175,15 +177,31 @@ def parts_of(run: Run) -> list[Part]:
     parts = []
     for index, dataset in enumerate(run.datasets):
         prefix = f"{dataset}/" if several else ""
-        asked = run.environment.get("items") or run.config.get("item") or []
         published = LAYOUTS[dataset].published_items if dataset in LAYOUTS else None
-        own = [item.removeprefix(prefix) for item in asked if item.startswith(prefix)]
+        own = [item.removeprefix(prefix) for item in run.items if item.startswith(prefix)]
         rows = {item.removeprefix(prefix): row for item, row in run.rows.items() if item.startswith(prefix)}
+        errors = {item.removeprefix(prefix): error for item, error in run.pixel_errors.items() if item.startswith(prefix)}
         expected = tuple(published or own or rows)
         label = f"{dataset} ({Path(paths[index]).name})" if dataset == "Folder" and index < len(paths) else dataset
         order = [item for item in expected if item in rows] + [item for item in rows if item not in expected]
-        parts.append(Part(run, label, {item: rows[item] for item in order}, expected))
+        parts.append(Part(run, label, {item: rows[item] for item in order}, errors, expected))
     return parts
+
+
+def not_begun(folders: Sequence[Path], begun: Sequence[Path]) -> list[str]:
+    """A sentence for each folder in which nothing is trained yet, or one for all of a data set that is left out."""
+    by_dataset: dict[str | None, list[Path]] = {}
+    for folder in folders:
+        named = re.search("_dataset=(.+)_Encoder=", folder.name)
+        by_dataset.setdefault(named and named[1], []).append(folder)
+    lines = []
+    for dataset, same in by_dataset.items():
+        if dataset is None or any(folder in begun for folder in same):
+            lines += [f"{folder}: nothing is trained yet" for folder in same if folder not in begun]
+        else:
+            where = same[0] if len(same) == 1 else f"any of {len(same)} run folders"
+            lines.append(f"{dataset}: nothing is trained yet in {where}")
+    return lines
 
 
 def missing_of(run: Run) -> list[str]:

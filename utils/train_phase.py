@@ -26,8 +26,7 @@ logger = logging.getLogger(__name__)
 def train_phase(experiment: Experiment) -> RunFolder:
     """Train and evaluate every model that is not finished; returns the folder with the results."""
     settings, run = experiment.settings, experiment.run
-    for model in experiment.models:
-        check_referenced_checkpoints(settings, model, experiment.encoder, experiment.host)
+    _check_starts(experiment)
     with only_on_main(run.lock()):
         if not on_main(lambda: _claim(experiment)):
             on_main(lambda: _check_untouched(experiment))
@@ -45,6 +44,18 @@ def train_phase(experiment: Experiment) -> RunFolder:
                     _train_model(experiment, model, places)
                 on_main(lambda: write_run_report(run.path) if run.stored_config() else None)
     return run
+
+
+def _check_starts(experiment: Experiment) -> None:
+    """Look at the checkpoints that the trainings start from; one of several that is wrong fails when it is its turn."""
+    errors = []
+    for model in experiment.models:
+        try:
+            check_referenced_checkpoints(experiment.settings, model, experiment.encoder, experiment.host)
+        except UserError as error:
+            errors.append(error)
+    if errors and (len(errors) == len(experiment.models) or world_size() > 1):
+        raise errors[0]
 
 
 def _claim(experiment: Experiment) -> bool:
