@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 
 from common.errors import UserError
+from datasets.records import Record
 
 LARGEST_INDEX = 200_000_000  # bytes of a json or csv file; the largest published one has a few million
 _NAMED = 10
@@ -75,3 +76,18 @@ def read_json(path: Path, what: str):
         return json.loads(read_index(path, what))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{what} damaged: {str(path)!r} is no JSON ({error}); download it again") from error
+
+
+def defective_record(image: Path, mask: Path | None, item: str, kind: str) -> Record:
+    """Record of a defective image that an index names with its mask, which may be missing."""
+    return Record(image, 1, item, (mask,) if mask is not None and mask.is_file() else (), kind)
+
+
+def report_unmasked(records: list[Record], images: str, options: ListingOptions) -> None:
+    """Tell `options.on_fault` of the defective ones among `images` (words for them) without a mask, unless that is allowed."""
+    unmasked = [record.path for record in records if not record.has_pixel_truth]
+    if unmasked and not options.allow_missing_masks:
+        options.on_fault(
+            f"{len(unmasked)} defective {images} have no mask: {enumerated(unmasked)}; add them or give "
+            "--allow_missing_masks (pixel metrics on the rest)"
+        )

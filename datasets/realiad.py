@@ -9,7 +9,16 @@ from pathlib import Path
 
 from common.errors import UserError
 from datasets.images import list_images
-from datasets.listing import DEFAULT_OPTIONS, ListingOptions, enumerated, joined, leaves_folder, read_json
+from datasets.listing import (
+    DEFAULT_OPTIONS,
+    ListingOptions,
+    defective_record,
+    enumerated,
+    joined,
+    leaves_folder,
+    read_json,
+    report_unmasked,
+)
 from datasets.records import Record
 
 IMAGES = "realiad_1024"
@@ -99,20 +108,13 @@ def test_records(root: Path, item: str, options: ListingOptions = DEFAULT_OPTION
     Raises:
         UserError: the index is absent or damaged, an image or a defective image's mask is missing.
     """
-    records, unmasked = [], []
+    records = []
     for entry in _existing(_entries(root, item, "test", options), item, "test", options):
         if entry.kind == GOOD:
             records.append(Record(entry.image, 0, item))
             continue
-        has_mask = entry.mask is not None and entry.mask.is_file()
-        if not has_mask:
-            unmasked.append(entry.image)
-        records.append(Record(entry.image, 1, item, (entry.mask,) if has_mask else (), entry.kind))
-    if unmasked and not options.allow_missing_masks:
-        options.on_fault(
-            f"{len(unmasked)} defective images of Real-IAD {item!r} have no mask: {enumerated(unmasked)}; add them or give "
-            "--allow_missing_masks (pixel metrics on the rest)"
-        )
+        records.append(defective_record(entry.image, entry.mask, item, entry.kind))
+    report_unmasked(records, f"images of Real-IAD {item!r}", options)
     return records
 
 

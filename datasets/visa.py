@@ -8,7 +8,15 @@ from pathlib import Path
 from common.errors import UserError
 from datasets import mvtec
 from datasets.images import list_images
-from datasets.listing import DEFAULT_OPTIONS, ListingOptions, enumerated, joined, read_index
+from datasets.listing import (
+    DEFAULT_OPTIONS,
+    ListingOptions,
+    defective_record,
+    enumerated,
+    joined,
+    read_index,
+    report_unmasked,
+)
 from datasets.records import Record
 
 SPLIT = Path("split_csv", "1cls.csv")
@@ -76,22 +84,15 @@ def _listed(rows: list[_Row], item: str, options: ListingOptions) -> list[Record
     absent = [row.image for row in rows if not row.image.is_file()]
     if absent:
         options.on_fault(f"{len(absent)} VisA images of {item!r} are missing: {enumerated(absent)}; unpack the data set again")
-    records, unmasked = [], []
+    records = []
     for row in sorted(rows, key=lambda row: (row.label == _DEFECTIVE, row.image)):
         if not row.image.is_file():
             continue
         if row.label != _DEFECTIVE:
             records.append(Record(row.image, 0, item))
             continue
-        has_mask = row.mask is not None and row.mask.is_file()
-        if not has_mask:
-            unmasked.append(row.image)
-        records.append(Record(row.image, 1, item, (row.mask,) if has_mask else (), _DEFECTIVE))
-    if unmasked and not options.allow_missing_masks:
-        options.on_fault(
-            f"{len(unmasked)} defective VisA images of {item!r} have no mask: {enumerated(unmasked)}; add them or give "
-            "--allow_missing_masks (pixel metrics on the rest)"
-        )
+        records.append(defective_record(row.image, row.mask, item, _DEFECTIVE))
+    report_unmasked(records, f"VisA images of {item!r}", options)
     return records
 
 

@@ -7,13 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn, get_args
 
-import yaml
-
 from binarize.stages import STAGES
-from common.errors import UserError
 from datasets.catalog import LAYOUTS, ListingOptions
 from datasets.images import DEFAULT_MAX_PIXELS
 from models.build import ENCODERS
+from utils.config_file import config_tokens
 from utils.loading import default_worker_count
 from utils.optim import DEFAULT_WARMUP
 from utils.protocol import Scoring
@@ -263,40 +261,8 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpar
     first = OneSentenceParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config")
     given, rest = first.parse_known_args(argv)
-    tokens = _config_tokens(parser, Path(given.config)) if given.config else []
+    tokens = config_tokens(parser, Path(given.config)) if given.config else []
     parser.config = given.config
     arguments = parser.parse_args([*tokens, *rest])
     arguments.config = given.config
     return arguments
-
-
-def _config_tokens(parser: argparse.ArgumentParser, path: Path) -> list[str]:
-    """The settings of a YAML file as command-line words, so that argparse checks them as it checks typed ones."""
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"--config {str(path)!r} cannot be read as YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict) or not content:
-        raise UserError(f"--config {str(path)!r} is empty or no list of `flag: value` lines")
-    flags = {
-        action.dest: action for action in parser._actions if action.option_strings and action.dest not in ("help", "config")
-    }
-    tokens = []
-    for key, value in content.items():
-        if key not in flags:
-            near = difflib.get_close_matches(str(key), flags, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else "see --help"
-            raise UserError(f"--config {str(path)!r}: unknown setting {key!r}; {hint}")
-        if value is None:
-            continue
-        if flags[key].nargs == 0:
-            if not isinstance(value, bool):
-                raise UserError(f"--config {str(path)!r}: {key} must be true or false, found {value!r}")
-            tokens += [f"--{key}"] if value else []
-        elif isinstance(value, list) and flags[key].nargs == "+" and value:
-            tokens += [f"--{key}", *map(str, value)]
-        elif isinstance(value, (str, int, float)) and not isinstance(value, bool):
-            tokens += [f"--{key}={value}"]
-        else:
-            raise UserError(f"--config {str(path)!r}: {key} has the unusable value {value!r}")
-    return tokens
