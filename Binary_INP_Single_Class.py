@@ -13,14 +13,14 @@ from collections.abc import Sequence
 
 from utils.arguments import base_parser
 from utils.command import run_command
-from utils.detectors import INP_FORMER
+from utils.hosts import INP_FORMER
 from utils.phases import run_experiment
 from utils.settings import settings_of
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    parser = base_parser(__doc__, INP_FORMER.name, settings=["single"])
+    parser = base_parser(__doc__, INP_FORMER, settings=["single"])
     return run_command(parser, argv, lambda arguments: run_experiment(settings_of(arguments), INP_FORMER))
 
 

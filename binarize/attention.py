@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from binarize.linear import BinarizationOptions, BinaryLinear
-from models.layers import PrototypeAttention
+from models.layers import PrototypeAttention, SoftmaxSelfAttention, softmax_map
 
 _THRESHOLD_SHARE = 0.25  # of the row maximum (BiViT, He et al. 2023)
 _SCALE_DRIFT_LIMITS = (0.5, 2.0)
@@ -53,7 +53,10 @@ class SoftmaxAwareBinarization(nn.Module):
         return _THRESHOLD_SHARE * drift.detach().clamp(*_SCALE_DRIFT_LIMITS)
 
     def forward(self, attention_map: Tensor, alpha: Tensor, scale: Tensor) -> Tensor:
-        share = self.threshold_share(alpha)
+        return self.mix(attention_map, self.threshold_share(alpha), scale)
+
+    def mix(self, attention_map: Tensor, share: Tensor, scale: Tensor) -> Tensor:
+        """The result for shares lambda (h, 1, 1)."""
         row_maximum = attention_map.amax(dim=-1, keepdim=True)
         with torch.no_grad():
             chosen = ((attention_map >= share * row_maximum) & (row_maximum > 0)).to(attention_map.dtype)
@@ -68,6 +71,11 @@ def _head_means(alpha: Tensor, num_heads: int) -> Tensor:
     return alpha.detach().reshape(num_heads, 1, -1).mean(dim=-1, keepdim=True)  # (h, 1, 1)
 
 
+def _gates(alpha: Tensor, num_heads: int, options: BinarizationOptions) -> SoftmaxAwareBinarization | None:
+    """For scales alpha (h * d,) of the query projection; None with `sab` off."""
+    return None if options.sab == "off" else SoftmaxAwareBinarization(alpha, num_heads, options.sab).to(alpha.device)
+
+
 class BinaryPrototypeAttention(PrototypeAttention):
     """Prototype attention with 1-bit q, kv and proj; the products q.k and attention.v stay float."""
 
@@ -78,10 +86,28 @@ class BinaryPrototypeAttention(PrototypeAttention):
         self.q, self.kv, self.proj = (
             BinaryLinear.from_linear(layer, options) for layer in (attention.q, attention.kv, attention.proj)
         )
-        self.sab = None
-        if options.sab != "off":
-            self.sab = SoftmaxAwareBinarization(self.q.alpha, self.num_heads, options.sab).to(self.q.alpha.device)
+        self.sab = _gates(self.q.alpha, self.num_heads, options)
 
     def attention_map(self, query: Tensor, key: Tensor) -> Tensor:
         attention_map = super().attention_map(query, key)
         return attention_map if self.sab is None else self.sab(attention_map, self.q.alpha, self.learn_scale)
+
+
+class BinarySoftmaxAttention(SoftmaxSelfAttention):
+    """Softmax self-attention with 1-bit qkv and proj; the products q.k and attention.v stay float."""
+
+    def __init__(self, attention: SoftmaxSelfAttention, options: BinarizationOptions):
+        nn.Module.__init__(self)  # takes over the layers of `attention` instead of making new ones
+        self.num_heads = attention.num_heads
+        self.qkv, self.proj = (BinaryLinear.from_linear(layer, options) for layer in (attention.qkv, attention.proj))
+        self.sab = _gates(self.query_alpha(), self.num_heads, options)
+
+    def query_alpha(self) -> Tensor:
+        """Scales of the query projection, (C,): the first third of qkv's."""
+        return self.qkv.alpha.chunk(3)[0]
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        if self.sab is None:
+            return super().attend(query, key, value)
+        attention_map = softmax_map(query, key)
+        return self.sab(attention_map, self.query_alpha(), attention_map.new_ones(())) @ value

@@ -13,7 +13,7 @@ from timm.layers import Mlp as TimmMlp
 from timm.models.vision_transformer import Attention, Block
 from torch import Tensor, nn
 
-from binarize.kernels import operations
+from binarize.kernels.int8_operations import gelu_quantize, layer_norm_quantize, quantize, rescale, softmax_attention
 from models.layers import Mlp
 
 logger = logging.getLogger(__name__)
@@ -29,7 +29,7 @@ def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Int8Linear(nn.Module):
-    """y = (bytes - 128) @ weight.T * weight_scale, then times the tokens' scales, plus bias; see `kernels.operations`."""
+    """y = (bytes - 128) @ weight.T * weight_scale, then times the tokens' scales, plus bias; see `kernels.int8_operations`."""
 
     def __init__(self, layer: nn.Linear):
         super().__init__()
@@ -55,8 +55,8 @@ class Int8Linear(nn.Module):
         return self._product(rows)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        rows, scales = operations.quantize(inputs.reshape(-1, inputs.shape[-1]).float())
-        return operations.rescale(self.sums(rows), scales, self.bias, None, None).unflatten(0, inputs.shape[:-1])
+        rows, scales = quantize(inputs.reshape(-1, inputs.shape[-1]).float())
+        return rescale(self.sums(rows), scales, self.bias, None, None).unflatten(0, inputs.shape[:-1])
 
 
 def _onednn_product(weight: Tensor, scale: Tensor) -> Callable[[Tensor], Tensor]:
@@ -131,11 +131,11 @@ class Int8Mlp(nn.Module):
 
     def hidden(self, rows: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
         """Quantized rows -> quantized hidden rows, both with their scales."""
-        return operations.gelu_quantize(self.fc1.sums(rows), scales, self.fc1.bias)
+        return gelu_quantize(self.fc1.sums(rows), scales, self.fc1.bias)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        rows, scales = self.hidden(*operations.quantize(inputs.reshape(-1, inputs.shape[-1]).float()))
-        return operations.rescale(self.fc2.sums(rows), scales, self.fc2.bias, None, None).unflatten(0, inputs.shape[:-1])
+        rows, scales = self.hidden(*quantize(inputs.reshape(-1, inputs.shape[-1]).float()))
+        return rescale(self.fc2.sums(rows), scales, self.fc2.bias, None, None).unflatten(0, inputs.shape[:-1])
 
 
 class Int8Block(nn.Module):
@@ -160,17 +160,17 @@ class Int8Block(nn.Module):
         x = tokens.flatten(0, 1)
         rows, scales = _normed_rows(x, self.norm1)
         sums = self.qkv.sums(rows)
-        attended = operations.softmax_attention(sums, scales, self.qkv.bias, tokens.shape[1], self.num_heads)
-        rows, scales = operations.quantize(attended)
-        x = operations.rescale(self.proj.sums(rows), scales, self.proj.bias, self.layer_scale_1, x)
+        attended = softmax_attention(sums, scales, self.qkv.bias, tokens.shape[1], self.num_heads)
+        rows, scales = quantize(attended)
+        x = rescale(self.proj.sums(rows), scales, self.proj.bias, self.layer_scale_1, x)
         rows, scales = _normed_rows(x, self.norm2)
-        rows, scales = operations.gelu_quantize(self.fc1.sums(rows), scales, self.fc1.bias)
-        x = operations.rescale(self.fc2.sums(rows), scales, self.fc2.bias, self.layer_scale_2, x)
+        rows, scales = gelu_quantize(self.fc1.sums(rows), scales, self.fc1.bias)
+        x = rescale(self.fc2.sums(rows), scales, self.fc2.bias, self.layer_scale_2, x)
         return x.view_as(tokens)
 
 
 def _normed_rows(x: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
-    return operations.layer_norm_quantize(x, norm.weight, norm.bias, norm.eps)
+    return layer_norm_quantize(x, norm.weight, norm.bias, norm.eps)
 
 
 def _smoothed(norm: nn.LayerNorm, layer: nn.Linear) -> tuple[nn.LayerNorm, nn.Linear]:

@@ -4,11 +4,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from binarize.attention import BinaryPrototypeAttention
 from binarize.kernels import operations, oracle
 from binarize.linear import BinaryLinear
 from models.detector import Detector
-from models.layers import Mlp, PrototypeDecoderBlock
+from models.layers import (
+    DecoderBlock,
+    LinearSelfAttention,
+    Mlp,
+    PrototypeDecoderBlock,
+    merge_heads,
+    softmax_map,
+    split_heads,
+)
 
 
 def bits_of_signs(signs: Tensor) -> Tensor:
@@ -124,7 +131,7 @@ class PackedPrototypeBlock(nn.Module):
         self.register_buffer("share", share)
         self.register_buffer("gate_slope", sab.gate_slope.detach().flatten().clone() if gated else None)
         self.register_buffer("gate_middle", sab.gate_middle.detach().flatten().clone() if gated else None)
-        self.mlp = PackedMlp(block.mlp) if isinstance(block.mlp.fc1, BinaryLinear) else block.mlp
+        self.mlp = _packed_mlp(block.mlp)
 
     def forward(self, tokens: Tensor, prototypes: Tensor) -> Tensor:
         """Tokens (B, N, C) and prototypes (B, M, C) -> (B, N, C)."""
@@ -132,10 +139,55 @@ class PackedPrototypeBlock(nn.Module):
         projected = self.kv(_normed_bits(prototypes, self.norm1, self.kv.threshold)).unflatten(0, prototypes.shape[:2])
         gates = (self.head_scale, self.share, self.gate_slope, self.gate_middle)
         attended = self.proj(operations.prototype_attention(query, projected, *gates, self.proj.threshold))
-        if isinstance(self.mlp, PackedMlp):
-            return self.mlp(_normed_bits(attended, self.norm2, self.mlp.fc1.threshold), attended).view_as(tokens)
-        attended = attended.view_as(tokens)
-        return attended + self.mlp(self.norm2(attended))
+        return _through_mlp(attended, self.norm2, self.mlp).view_as(tokens)
+
+
+class PackedDecoderBlock(nn.Module):
+    """Dinomaly's decoder block on bits; linear attention is one pass, softmax attention plain torch."""
+
+    def __init__(self, block: DecoderBlock):
+        super().__init__()
+        attention = block.attn
+        self.num_heads = attention.num_heads
+        self.is_linear = isinstance(attention, LinearSelfAttention)
+        self.norm1, self.norm2 = block.norm1, block.norm2
+        self.qkv, self.proj = PackedLinear(attention.qkv), PackedLinear(attention.proj)
+        self.sab = None if self.is_linear else attention.sab
+        share = None if self.sab is None else self.sab.threshold_share(attention.query_alpha()).detach()
+        self.register_buffer("share", share)
+        self.mlp = _packed_mlp(block.mlp)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Tokens (B, N, C) -> (B, N, C)."""
+        projected = self.qkv(_normed_bits(tokens, self.norm1, self.qkv.threshold))
+        if self.is_linear:
+            bits = operations.linear_attention(projected, tokens.shape[1], self.num_heads, self.proj.threshold)
+        else:
+            bits = operations.pack(self._softmax_attention(projected.unflatten(0, tokens.shape[:2])), self.proj.threshold)
+        attended = self.proj(bits, tokens.reshape(projected.shape[0], -1))
+        return _through_mlp(attended, self.norm2, self.mlp).view_as(tokens)
+
+    def _softmax_attention(self, projected: Tensor) -> Tensor:
+        """Projections (B, N, 3C) -> (B * N, C), as `BinarySoftmaxAttention`."""
+        query, key, value = (split_heads(part, self.num_heads) for part in projected.chunk(3, dim=-1))
+        if self.sab is None:
+            heads = F.scaled_dot_product_attention(query, key, value)
+        else:
+            heads = self.sab.mix(softmax_map(query, key), self.share, self.share.new_ones(())) @ value
+        return merge_heads(heads).flatten(0, 1)
+
+
+class FusedLinearAttention(nn.Module):
+    """Linear attention in one pass between two layers that take and give floats."""
+
+    def __init__(self, attention: LinearSelfAttention):
+        super().__init__()
+        self.num_heads = attention.num_heads
+        self.qkv, self.proj = attention.qkv, attention.proj
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        projected = self.qkv(tokens).flatten(0, 1)
+        return self.proj(operations.linear_attention(projected, tokens.shape[1], self.num_heads, None).view_as(tokens))
 
 
 class PackedMlp(nn.Module):
@@ -151,20 +203,46 @@ class PackedMlp(nn.Module):
         return self.fc2(self.fc1(bits), residual)
 
 
+def _packed_mlp(mlp: Mlp) -> nn.Module:
+    return PackedMlp(mlp) if isinstance(mlp.fc1, BinaryLinear) else mlp
+
+
+def _through_mlp(x: Tensor, norm: nn.LayerNorm, mlp: nn.Module) -> Tensor:
+    """x (rows, C) + MLP of its norm."""
+    if isinstance(mlp, PackedMlp):
+        return mlp(_normed_bits(x, norm, mlp.fc1.threshold), x)
+    return x + mlp(norm(x))
+
+
 def _normed_bits(tokens: Tensor, norm: nn.LayerNorm, threshold: Tensor) -> Tensor:
     flat = tokens.reshape(-1, tokens.shape[-1])
     return operations.layer_norm_pack(flat, norm.weight, norm.bias, norm.eps, threshold)
 
 
+_PACKED_BLOCKS = {PrototypeDecoderBlock: PackedPrototypeBlock, DecoderBlock: PackedDecoderBlock}
+
+
 def pack_modules(detector: Detector) -> None:
     """Replace everything binary in a detector by its packed form, in place; `prepare_modules` must follow."""
     for index, block in enumerate(detector.decoder):
-        if isinstance(block.attn, BinaryPrototypeAttention) and block.attn.q.options.activation_bits == 1:
-            detector.decoder[index] = PackedPrototypeBlock(block)
+        if _is_on_bits(block.attn.proj):
+            detector.decoder[index] = _PACKED_BLOCKS[type(block)](block)
     for module in list(detector.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, BinaryLinear):
                 setattr(module, name, WeightOnlyLinear(child))
+    fuse_linear_attention(detector)
+
+
+def _is_on_bits(layer: nn.Module) -> bool:
+    return isinstance(layer, BinaryLinear) and layer.options.activation_bits == 1
+
+
+def fuse_linear_attention(detector: Detector) -> None:
+    """Give every linear attention between float layers its fused form, in place."""
+    for block in detector.decoder:
+        if isinstance(getattr(block, "attn", None), LinearSelfAttention):
+            block.attn = FusedLinearAttention(block.attn)
 
 
 def prepare_modules(detector: nn.Module) -> None:

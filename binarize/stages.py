@@ -6,13 +6,13 @@ Stage 0 is the float network, stage 1 has binary attention in every decoder bloc
 import torch
 from torch import Tensor, nn
 
-from binarize.attention import BinaryPrototypeAttention, SoftmaxAwareBinarization
+from binarize.attention import BinaryPrototypeAttention, BinarySoftmaxAttention, SoftmaxAwareBinarization
 from binarize.linear import BinarizationOptions, BinaryLinear
 from models.detector import Detector
-from models.layers import PrototypeAttention
+from models.layers import LinearSelfAttention, PrototypeAttention, SoftmaxSelfAttention
 
 STAGES = (0, 1, 2)
-_BINARY_ATTENTION = {PrototypeAttention: BinaryPrototypeAttention}
+_BINARY_ATTENTION = {PrototypeAttention: BinaryPrototypeAttention, SoftmaxSelfAttention: BinarySoftmaxAttention}
 
 
 def binarize(detector: Detector, stage: int, options: BinarizationOptions) -> None:
@@ -20,11 +20,17 @@ def binarize(detector: Detector, stage: int, options: BinarizationOptions) -> No
     for block in detector.decoder:
         if stage >= 1 and type(block.attn) in _BINARY_ATTENTION:
             block.attn = _BINARY_ATTENTION[type(block.attn)](block.attn, options)
+        if stage >= 1 and isinstance(block.attn, LinearSelfAttention):  # has no map: layers are all that can be binary
+            _binarize_layers(block.attn, ("qkv", "proj"), options)
         if stage >= 2:
-            for name in ("fc1", "fc2"):
-                layer = getattr(block.mlp, name)
-                if isinstance(layer, nn.Linear):
-                    setattr(block.mlp, name, BinaryLinear.from_linear(layer, options))
+            _binarize_layers(block.mlp, ("fc1", "fc2"), options)
+
+
+def _binarize_layers(module: nn.Module, names: tuple[str, ...], options: BinarizationOptions) -> None:
+    for name in names:
+        layer = getattr(module, name)
+        if isinstance(layer, nn.Linear):
+            setattr(module, name, BinaryLinear.from_linear(layer, options))
 
 
 @torch.no_grad()
@@ -36,7 +42,9 @@ def calibrate(detector: Detector, inputs: Tensor) -> int:
     waiting = [layer for layer in binary_layers(detector) if layer.options.activation_bits == 1 and not bool(layer.calibrated)]
     hooks = [layer.register_forward_pre_hook(lambda layer, arguments: layer.calibrate(arguments[0])) for layer in waiting]
     if waiting:
-        detector.anomaly_map(inputs)
+        training = detector.training
+        detector.eval().anomaly_map(inputs)  # without dropout: the bits of the trained network count
+        detector.train(training)
     for hook in hooks:
         hook.remove()
     return len(waiting)

@@ -7,6 +7,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 from common.errors import UserError
+from models.dinomaly import Dinomaly, DinomalyOptions
 from models.encoder import FrozenEncoder, find_weights, load_encoder_weights, state_sha256, to_timm_names
 from models.inp_former import INPFormer
 
@@ -113,3 +114,8 @@ def _random_tiny_vit(numbers: EncoderNumbers, crop_size: int) -> VisionTransform
 def build_inp_former(encoder: FrozenEncoder, prototype_count: int) -> INPFormer:
     """INP-Former with the width of its encoder, freshly initialised from torch's global generator."""
     return INPFormer(encoder, ENCODERS[encoder.name].num_heads, prototype_count)
+
+
+def build_dinomaly(encoder: FrozenEncoder, options: DinomalyOptions) -> Dinomaly:
+    """Dinomaly with the width of its encoder, freshly initialised from torch's global generator."""
+    return Dinomaly(encoder, ENCODERS[encoder.name].num_heads, options)

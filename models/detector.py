@@ -28,6 +28,13 @@ class Detector(nn.Module, ABC):
     def anomaly_map(self, inputs: Tensor) -> Tensor:
         """(B, H, W) at the input's resolution, higher is more anomalous, not smoothed, float32."""
 
+    def feature_identity(self) -> dict[str, object]:
+        """What determines `encode` besides images, encoder and precision; cached features of another identity are not used."""
+        return {}
+
+    def begin_iteration(self, iteration: int, total_iterations: int) -> None:
+        """Told before each training step, counted from 0, for what follows a schedule; does nothing by default."""
+
     def features_of(self, inputs: Tensor) -> Tensor:
         """Encode images, pass features through."""
         is_image = inputs.ndim == 4 and inputs.shape[1] == 3

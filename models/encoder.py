@@ -47,6 +47,7 @@ class FrozenEncoder(nn.Module):
         self.published_parameters = published_parameters
         self.embed_dim = vit.embed_dim
         self.patch_size = vit.patch_embed.patch_size[0]
+        self.prefix_tokens = vit.num_prefix_tokens
         self.requires_grad_(False)
         self.eval()
 
@@ -55,8 +56,11 @@ class FrozenEncoder(nn.Module):
         return super().train(False)
 
     @torch.no_grad()
-    def forward(self, images: Tensor) -> list[Tensor]:
-        """Patch tokens (B, N, C) of every tapped block for images (B, 3, H, W); raw block outputs, no final norm."""
+    def forward(self, images: Tensor, with_prefix: bool = False) -> list[Tensor]:
+        """Patch tokens (B, N, C) of every tapped block for images (B, 3, H, W); raw block outputs, no final norm.
+
+        `with_prefix` puts the class token and the registers, `prefix_tokens` in all, before the patches.
+        """
         outputs = self.vit.forward_intermediates(
             images.to(next(self.vit.parameters()).dtype),
             indices=self.taps,
@@ -64,7 +68,10 @@ class FrozenEncoder(nn.Module):
             output_fmt="NLC",
             intermediates_only=True,
             stop_early=True,
+            return_prefix_tokens=with_prefix,
         )
+        if with_prefix:
+            outputs = [torch.cat([prefix, patches], dim=1) for patches, prefix in outputs]
         return [output.float() for output in outputs]
 
 

@@ -6,9 +6,8 @@ from torch import Tensor, nn
 from models.encoder import FrozenEncoder
 from models.layers import Mlp, PrototypeDecoderBlock, PrototypeExtractorBlock
 from models.losses import nearest_prototype_distance, prototype_coherence_loss, soft_mining_loss
-from models.reconstruction import ReconstructionDetector, group_means, initialise_decoder
+from models.reconstruction import DECODER_DEPTH, ReconstructionDetector, initialise_decoder
 
-DECODER_DEPTH = 8
 COHERENCE_WEIGHT = 0.2
 
 
@@ -40,18 +39,8 @@ class INPFormer(ReconstructionDetector):
             queries = block(queries, tokens)
         return queries
 
-    def reconstruct(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """Features (B, 2, N, C) -> reconstruction (B, 2, N, C) and prototypes (B, M, C)."""
-        fused = features.mean(dim=1)  # the mean of the two group means is the mean of the eight taps
-        prototypes = self.prototypes(fused)
-        tokens = fused
-        for layer in self.bottleneck:
-            tokens = layer(tokens)
-        outputs = []
-        for block in self.decoder:
-            tokens = block(tokens, prototypes)
-            outputs.append(tokens)
-        return group_means(outputs[::-1]), prototypes
+    def context(self, fused: Tensor) -> tuple[Tensor, ...]:
+        return (self.prototypes(fused),)
 
     @torch.no_grad()
     def prototype_map(self, inputs: Tensor) -> Tensor:
@@ -59,20 +48,20 @@ class INPFormer(ReconstructionDetector):
 
         For categories that the decoder was not trained on (INP-Former, zero-shot).
         """
-        fused = self.features_of(inputs).mean(dim=1)
+        fused = self.fuse(self.features_of(inputs))
         distance = nearest_prototype_distance(fused.float(), self.prototypes(fused).float())
         return self.enlarged(distance.unsqueeze(1))
 
     def training_loss(self, inputs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean soft mining loss of the two groups + 0.2 x prototype coherence (+ distillation, if a teacher is set)."""
         features = self.features_of(inputs)
-        reconstruction, prototypes = self.reconstruct(features)
+        fused = self.fuse(features)
+        prototypes = self.prototypes(fused)
+        reconstruction = self.decode(self.through_bottleneck(fused), (prototypes,))
         groups = zip(features.unbind(1), reconstruction.float().unbind(1), strict=True)
         losses = {
             "reconstruction": torch.stack([soft_mining_loss(target, rebuilt) for target, rebuilt in groups]).mean(),
-            "coherence": COHERENCE_WEIGHT * prototype_coherence_loss(features.mean(dim=1), prototypes.float()),
+            "coherence": COHERENCE_WEIGHT * prototype_coherence_loss(fused, prototypes.float()),
+            **self.distillation_loss(features, reconstruction),
         }
-        distillation = self.distillation_loss(features, reconstruction)
-        if distillation is not None:
-            losses["distillation"] = distillation
         return sum(losses.values()), {name: loss.detach() for name, loss in losses.items()}

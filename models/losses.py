@@ -58,6 +58,32 @@ def soft_mining_loss(target: Tensor, reconstruction: Tensor, exponent: float = 3
     return global_cosine_distance(target, scale_gradient(reconstruction, weights.unsqueeze(-1)))
 
 
+def _of_whole_batch(values: Tensor) -> Tensor:
+    """The equal parts of all processes that train together as one batch, or this one's own."""
+    if not (dist.is_initialized() and dist.get_world_size() > 1):
+        return values
+    parts = [torch.empty_like(values) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, values.contiguous())
+    return torch.cat(parts)
+
+
+def hard_mining_loss(target: Tensor, reconstruction: Tensor, mined_share: float, factor: float = 0.1) -> Tensor:
+    """Global cosine distance whose gradient is multiplied by `factor` at all but the hardest tokens (Dinomaly, loose loss).
+
+    The share `mined_share` of the tokens, those with the smallest distance in the batch, counts as easy. The value is
+    unweighted, `target` receives no gradient. Where several processes share a batch in equal parts, the tokens are those of
+    the whole batch.
+    """
+    target = target.detach()
+    with torch.no_grad():
+        distance = cosine_distance(target, reconstruction)  # (B, N)
+        batch = _of_whole_batch(distance).flatten()
+        hard = max(1, int(len(batch) * (1 - mined_share)))
+        threshold = batch.kthvalue(len(batch) - hard + 1).values  # the hard-th largest
+        weights = torch.where(distance < threshold, factor, 1.0)
+    return global_cosine_distance(target, scale_gradient(reconstruction, weights.unsqueeze(-1)))
+
+
 def nearest_prototype_distance(tokens: Tensor, prototypes: Tensor) -> Tensor:
     """1 - cosine of every token (B, N, C) to the nearest prototype (B, M, C) of its image: (B, N)."""
     with torch.autocast(tokens.device.type, enabled=False):

@@ -1,7 +1,6 @@
 """Detectors that rebuild an encoder's features and look where that fails: shared by INP-Former and Dinomaly."""
 
 import math
-from abc import abstractmethod
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +10,7 @@ from models.detector import Detector
 from models.encoder import FrozenEncoder
 from models.losses import cosine_distance
 
+DECODER_DEPTH = 8
 _DECODER_INIT_STD = 0.01
 _DECODER_INIT_LIMIT = 0.03
 
@@ -23,17 +23,21 @@ def initialise_decoder(module: nn.Module) -> None:
             nn.init.zeros_(layer.bias)
 
 
-def group_means(layers: list[Tensor]) -> Tensor:
-    """Means of the first and of the second half of a list of token maps (B, N, C): (B, 2, N, C)."""
-    half = len(layers) // 2
-    return torch.stack([torch.stack(part).mean(dim=0) for part in (layers[:half], layers[half:])], dim=1)
+def group_means(layers: list[Tensor], groups: int = 2) -> Tensor:
+    """Means of equal, neighbouring parts of a list of token maps (B, N, C): (B, groups, N, C)."""
+    size = len(layers) // groups
+    return torch.stack([torch.stack(layers[start : start + size]).mean(dim=0) for start in range(0, len(layers), size)], dim=1)
 
 
 class ReconstructionDetector(Detector):
-    """Two means of encoder taps are the target, two means of decoder blocks (last block first) the reconstruction.
+    """Means of encoder taps are the target, means of decoder blocks (last block first) the reconstruction.
 
-    The features of an image are those two target means, (B, 2, N, C) float32: all that follows is a function of them.
+    The features of an image are two means of taps, (B, 2, N, C) float32: all that follows is a function of them. A subclass
+    makes `bottleneck` and `decoder`, lists of modules; the decoder's blocks also take what `context` returns.
     """
+
+    bottleneck: nn.ModuleList
+    decoder: nn.ModuleList
 
     def __init__(self, encoder: FrozenEncoder):
         super().__init__()
@@ -44,22 +48,53 @@ class ReconstructionDetector(Detector):
     def encode(self, images: Tensor) -> Tensor:
         return group_means(self.encoder(images)).float()
 
-    @abstractmethod
-    def reconstruct(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """Features (B, 2, N, C) -> their reconstruction (B, 2, N, C) and the prototypes or other by-product."""
+    def fuse(self, features: Tensor) -> Tensor:
+        """What enters the bottleneck, (B, N, C): the mean of the two group means is the mean of the eight taps."""
+        return features.mean(dim=1)
+
+    def context(self, fused: Tensor) -> tuple[Tensor, ...]:
+        """What the decoder's blocks see beside the tokens."""
+        return ()
+
+    def through_bottleneck(self, fused: Tensor) -> Tensor:
+        """(B, N, C) -> the decoder's input (B, N, C)."""
+        for layer in self.bottleneck:
+            fused = layer(fused)
+        return fused
+
+    def decode(self, tokens: Tensor, context: tuple[Tensor, ...]) -> Tensor:
+        """The decoder's input (B, N, C) -> means of its blocks' outputs, the last block first (B, K, N, C)."""
+        outputs = []
+        for block in self.decoder:
+            tokens = block(tokens, *context)
+            outputs.append(tokens)
+        return self.grouped(outputs[::-1])
+
+    def grouped(self, outputs: list[Tensor]) -> Tensor:
+        """Outputs of the decoder's blocks as they are compared with the target."""
+        return group_means(outputs)
+
+    def target(self, features: Tensor) -> Tensor:
+        """Features -> what is rebuilt of them (B, K, N, C)."""
+        return features
+
+    def reconstruct(self, features: Tensor) -> Tensor:
+        """Features -> the reconstruction of their target (B, K, N, C)."""
+        fused = self.fuse(features)
+        return self.decode(self.through_bottleneck(fused), self.context(fused))
 
     def distil_from(self, teacher: "ReconstructionDetector", weight: float) -> None:
         """Add `weight` x the per-token cosine distance to a frozen teacher's reconstruction to the training loss."""
         self._teacher = (teacher.requires_grad_(False).eval(),)
         self._distillation_weight = weight
 
-    def distillation_loss(self, features: Tensor, reconstruction: Tensor) -> Tensor | None:
-        """Weighted distance to the teacher's reconstruction, or None without a teacher."""
+    def distillation_loss(self, features: Tensor, reconstruction: Tensor) -> dict[str, Tensor]:
+        """Weighted distance to the teacher's reconstruction under its name, nothing without a teacher."""
         if not self._teacher:
-            return None
+            return {}
         with torch.no_grad():
-            goal, _ = self._teacher[0].reconstruct(features)
-        return self._distillation_weight * cosine_distance(goal.float(), reconstruction.float()).mean()
+            goal = self._teacher[0].reconstruct(features)
+        return {"distillation": self._distillation_weight * cosine_distance(goal.float(), reconstruction.float()).mean()}
 
     def enlarged(self, distances: Tensor) -> Tensor:
         """Token distances (B, K, N) -> the mean of the K maps at the input's resolution (B, H, W), bilinear."""
@@ -71,5 +106,4 @@ class ReconstructionDetector(Detector):
     @torch.no_grad()
     def anomaly_map(self, inputs: Tensor) -> Tensor:
         features = self.features_of(inputs)
-        reconstruction, _ = self.reconstruct(features)
-        return self.enlarged(cosine_distance(features.float(), reconstruction.float()))
+        return self.enlarged(cosine_distance(self.target(features).float(), self.reconstruct(features).float()))

@@ -1,7 +1,7 @@
 """Time and weigh a packed model against the same network in torch float32, bfloat16 and int8, as Markdown.
 
 python -m scripts.benchmark --model bottle.binaryad
-python -m scripts.benchmark --random base --host inp_former --output tables.md               # no checkpoint needed
+python -m scripts.benchmark --random base --host dinomaly --output tables.md                 # no checkpoint needed
 BINARYAD_ISA=avx2 python -m scripts.benchmark --random small                                 # another path of the kernels
 """
 
@@ -23,23 +23,23 @@ from torch import Tensor, nn
 from binarize.int8 import Int8Linear, to_int8
 from binarize.kernels import operations, oracle
 from binarize.linear import BinarizationOptions
-from binarize.runtime import prepare_modules
+from binarize.runtime import fuse_linear_attention, prepare_modules
 from binarize.stages import binarize, calibrate
 from datasets.transforms import image_transform
 from models.build import build_encoder_without_weights, check_sizes, published_parameter_count
 from models.detector import Detector
+from models.dinomaly import ATTENTIONS
 from utils.agreement import packed_copy
-from utils.arguments import number
 from utils.checkpoint import write_text
 from utils.command import run_command
-from utils.detectors import HOSTS as HOSTS_OF_FILES
-from utils.detectors import INP_FORMER, Host
+from utils.converters import number
+from utils.hosts import DINOMALY, INP_FORMER, Host
+from utils.hosts import HOSTS as HOSTS_OF_FILES
 from utils.packed_model import PackingOptions, load_packed, packed_bytes
 from utils.timing import describe_machine, interleaved_medians
 
-HOSTS = {"inp_former": INP_FORMER}
+HOSTS = {"inp_former": INP_FORMER, "dinomaly": DINOMALY}
 SHAPES = [(784, 384, 384), (784, 384, 1536), (784, 1536, 384), (784, 768, 768), (784, 768, 3072), (784, 3072, 768)]
-_PROTOTYPES = 6
 _PHOTO_SIDE = 900
 _FLOAT = "torch float32"
 
@@ -60,6 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
     source.add_argument("--model", type=Path, metavar="FILE.binaryad", help="beside a float network of its sizes")
     source.add_argument("--random", choices=["small", "base", "large"], help="random weights of dinov2reg_vit_SIZE_14")
     parser.add_argument("--host", choices=list(HOSTS), default="inp_former", help="network of --random")
+    parser.add_argument("--decoder_attention", choices=list(ATTENTIONS), default="linear", help="of --host dinomaly")
     parser.add_argument("--crop_size", type=number(int, 1), default=392, help="of --random; a file has its own")
     parser.add_argument("--encoder_weights", metavar="FILE", help="for a file that only names its encoder")
     parser.add_argument("--threads", type=number(int, 1), default=1)
@@ -77,18 +78,20 @@ def benchmark(arguments: argparse.Namespace) -> int:
         packed, description = load_packed(arguments.model, encoder_weights=arguments.encoder_weights)
         name, crop = description["encoder"]["name"], description["config"]["crop_size"]
         host, published = HOSTS_OF_FILES[description["host"]], description["encoder"]["published_parameters"]
+        network = description["config"]
         ours = [Variant(arguments.model.name, packed)]
     else:
         name, crop, ours = f"dinov2reg_vit_{arguments.random}_14", arguments.crop_size, None
         host, published = HOSTS[arguments.host], published_parameter_count(name)
+        network = {**network_defaults(host), "decoder_attention": arguments.decoder_attention}
         check_sizes(name, crop, crop)
     with torch.inference_mode():
-        detector = random_detector(host, name, crop, published)
+        detector = random_detector(host, network, name, crop, published)
         variants = float_variants(detector)
         stage_2 = binary_detector(detector, crop)
         variants += ours or packed_variants(stage_2)
         sections = [
-            [f"# {name}, {crop} px, one image", "", *[f"* {line}" for line in describe_machine()]],
+            [f"# {host.name}, {name}, {crop} px, one image", "", *[f"* {line}" for line in describe_machine()]],
             ["## 1-bit linear layers (microseconds)", "", *layer_table(arguments.repeats)],
             ["## Parts and whole (milliseconds)", "", *time_table(variants, crop, arguments.repeats)],
             ["## Bytes", "", *size_table(detector, stage_2, arguments.model)],
@@ -100,11 +103,21 @@ def benchmark(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def random_detector(host: Host, encoder_name: str, crop_size: int, published_parameters: int) -> Detector:
-    """A float network with random weights: time does not depend on their values, bytes by a few percent."""
+def network_defaults(host: Host) -> dict[str, object]:
+    """The network flags of a host at their defaults."""
+    parser = argparse.ArgumentParser()
+    host.add_flags(parser)
+    return vars(parser.parse_args([]))
+
+
+def random_detector(host: Host, network: dict, encoder_name: str, crop_size: int, published_parameters: int) -> Detector:
+    """A float network with random weights: time does not depend on their values, bytes by a few percent.
+
+    `network`: the host's flags by name.
+    """
     torch.manual_seed(0)
     encoder = build_encoder_without_weights(encoder_name, crop_size, "random weights", "", published_parameters)
-    return host.build(encoder, _PROTOTYPES).eval()
+    return host.build(encoder, network).eval()
 
 
 def binary_detector(detector: Detector, crop_size: int) -> Detector:
@@ -121,6 +134,7 @@ def float_variants(detector: Detector) -> list[Variant]:
         warnings.simplefilter("ignore", DeprecationWarning)
         dynamic = torch.ao.quantization.quantize_dynamic(copy.deepcopy(detector), {nn.Linear}, dtype=torch.qint8)
     everything = copy.deepcopy(detector)
+    fuse_linear_attention(everything)
     to_int8(everything)
     prepare_modules(everything)
     return [
@@ -138,19 +152,19 @@ def packed_variants(stage_2: Detector) -> list[Variant]:
 
 
 def time_table(variants: list[Variant], crop_size: int, repeats: int) -> list[str]:
-    """Milliseconds of encoder, decoder, the rest between them, and everything from a decoded photograph to its map."""
+    """Milliseconds of encoder, what lies between (bottleneck, INP-Former's prototypes), decoder, and from photograph to map."""
     photo = Image.fromarray(np.random.default_rng(0).integers(0, 255, (_PHOTO_SIDE, _PHOTO_SIDE, 3), dtype=np.uint8))
     transform = image_transform(round(crop_size * 448 / 392), crop_size)
     image = transform(photo).unsqueeze(0)
     calls: dict[tuple[str, str], Callable] = {}
     for variant in variants:
         features = variant.detector.encode(image).to(variant.dtype)
-        fused = features.mean(dim=1)
-        prototypes, tokens = _before_decoder(variant.detector, fused)
+        fused = variant.detector.fuse(features)
+        context, tokens = _before_decoder(variant.detector, fused)
         for part, call in {
             "encoder": lambda v=variant: v.detector.encode(image),
-            "bottleneck, prototypes": lambda v=variant, f=fused: _before_decoder(v.detector, f),
-            "decoder": lambda v=variant, t=tokens, p=prototypes: _decode(v.detector, t, p),
+            "between": lambda v=variant, f=fused: _before_decoder(v.detector, f),
+            "decoder": lambda v=variant, t=tokens, c=context: _decode(v.detector, t, c),
             "photo to map": lambda v=variant: _map_of_photo(v, photo, transform),
         }.items():
             calls[variant.name, part] = call
@@ -165,16 +179,13 @@ def time_table(variants: list[Variant], crop_size: int, repeats: int) -> list[st
     return [*lines, "", f"A decoder that costs nothing beside a float32 encoder would give {whole / (whole - decoder):.2f}x."]
 
 
-def _before_decoder(detector: Detector, fused: Tensor) -> tuple[Tensor, Tensor]:
-    prototypes = detector.prototypes(fused)
-    for layer in detector.bottleneck:
-        fused = layer(fused)
-    return prototypes, fused
+def _before_decoder(detector: Detector, fused: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+    return detector.context(fused), detector.through_bottleneck(fused)
 
 
-def _decode(detector: Detector, tokens: Tensor, prototypes: Tensor) -> Tensor:
+def _decode(detector: Detector, tokens: Tensor, context: tuple[Tensor, ...]) -> Tensor:
     for block in detector.decoder:
-        tokens = block(tokens, prototypes)
+        tokens = block(tokens, *context)
     return tokens
 
 
@@ -246,7 +257,7 @@ def size_table(detector: Detector, stage_2: Detector, model: Path | None) -> lis
         packed = packed_copy(stage_2, options)
         alone = len(packed_bytes(packed, PackingOptions(options.encoder, options.trained, True), {}))
         whole = len(packed_bytes(packed, options, {}))
-        name = f"encoder {options.encoder}, bottleneck and extractor {options.trained}"
+        name = f"encoder {options.encoder}, trained float parts {options.trained}"
         cells = [f"{alone:,}", f"{trained / alone:.2f}x", f"{whole:,}", f"{kept / whole:.2f}x", f"{published / whole:.2f}x"]
         lines.append(_row([name, *cells]))
     return lines

@@ -24,8 +24,8 @@ import numpy as np
 from PIL import Image
 
 from common.errors import ResourceError
-from utils.arguments import number
 from utils.command import run_command
+from utils.converters import number
 
 _REPOSITORY = Path(__file__).resolve().parent.parent
 _SECONDS_BETWEEN_SAMPLES = 0.05

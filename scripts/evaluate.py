@@ -13,8 +13,9 @@ import torch
 
 from datasets.catalog import Layout, choose_items, data_sources, label_of
 from datasets.records import ImageDataset, Record
-from utils.arguments import add_data_arguments, listing_options, number
+from utils.arguments import add_data_arguments, listing_options
 from utils.command import run_command
+from utils.converters import number
 from utils.devices import choose_device
 from utils.distributed import is_main
 from utils.evaluation import measure

@@ -24,12 +24,12 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from binarize.kernels.operations import describe_path
+from binarize.kernels.engine import describe_path
 from common.errors import ResourceError, UserError
 from datasets.images import DEFAULT_MAX_PIXELS
-from utils.arguments import number
 from utils.checkpoint import atomic_write, explain_write_error, write_text
 from utils.command import run_command
+from utils.converters import number
 from utils.devices import choose_device
 from utils.pictures import heat_overlay, sixteen_bit_map, sixteen_bit_range, with_verdict, write_picture
 from utils.prediction import Prediction, Predictor, find_images, rgb_photo

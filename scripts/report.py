@@ -10,12 +10,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from utils.arguments import number
 from utils.command import run_command
 from utils.comparison import compare_runs
 from utils.comparison_csv import write_csv
 from utils.comparison_page import write_markdown, write_page
 from utils.comparison_tables import cost_table, overview, protocol_lines
+from utils.converters import number
 from utils.published import read_published
 from utils.run_timing import measure_runs
 

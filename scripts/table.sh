@@ -1,4 +1,4 @@
-# Sourced by table_single_class.sh, table_multi_class.sh and table_few_shot.sh: flags, trainings, and the report of a table.
+# Sourced by the table_*.sh beside it: flags, trainings, and the report of a table.
 # A table that was stopped goes on when the same command is given again: every training is started with --resume.
 
 usage() {
@@ -10,7 +10,7 @@ usage: bash scripts/$table.sh [--mvtec FOLDER] [--visa FOLDER] [--realiad FOLDER
 
 A data set without a folder is left out, and listed as missing in the report. From the environment:
   MVTEC_PATH VISA_PATH REALIAD_PATH   instead of the flags
-  ITEMS            categories, all by default             ITERS   iterations, instead of the preset's epochs
+  ITEMS            categories, all by default             ITERS   iterations, instead of the paper's length
   STAGES="0 1 2"   0 float, 1 and 2 binary                SEEDS="1"
   SAVE_DIR         ./saved_results, with ITERS a folder of its own in it
   ENCODER          encoder name                           ENCODER_WEIGHTS   its file, instead of a download
@@ -99,9 +99,10 @@ train() { # SCRIPT FLAGS: one training; a failure is noted, Ctrl-C and SIGTERM e
 }
 
 run_folder() { # SAVE_NAME DATASET [--shot K]: where the training script puts it
-    local name=$1
+    local name=$1 prototypes
     [ "${3:-}" != --shot ] || name=$name-$4
-    echo "${name}_dataset=$2_Encoder=$(value_of encoder "${ENCODER:-}")_Resize=$(value_of input_size)_Crop=$(value_of crop_size)_INP_num=$(value_of INP_num)"
+    prototypes=$(value_of INP_num) # a flag of INP-Former alone
+    echo "${name}_dataset=$2_Encoder=$(value_of encoder "${ENCODER:-}")_Resize=$(value_of input_size)_Crop=$(value_of crop_size)${prototypes:+_INP_num=$prototypes}"
 }
 
 value_of() { # FLAG [VALUE]: what a training gets: the last of the preset, VALUE and EXTRA that names it

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import Binary_Dinomaly
 import Binary_INP_Few_Shot
 import Binary_INP_Multi_Class
 import Binary_INP_Single_Class
@@ -59,6 +60,12 @@ def train_few(train):
 
 
 @pytest.fixture
+def train_dinomaly(train):
+    """`train` with Dinomaly's script."""
+    return partial(train, script=Binary_Dinomaly)
+
+
+@pytest.fixture
 def start_process(tmp_path):
     """Start an entry script as a user does; returns the running process."""
 
@@ -83,4 +90,5 @@ def command_line(tmp_path: Path, data: Path | None, dataset: str, *flags: str) -
 def run_folder(tmp_path: Path, save_name: str = "INP-Former-Single-Class", dataset: str | None = "Folder") -> Path:
     """Where such a run lies; without a data set in its name where several are joined."""
     data = "" if dataset is None else f"_dataset={dataset}"
-    return tmp_path / "runs" / f"{save_name}{data}_Encoder=random_vit_tiny_14_Resize=64_Crop=56_INP_num=6"
+    prototypes = "" if "inomaly" in save_name else "_INP_num=6"  # Dinomaly has none, and its tests name their runs so
+    return tmp_path / "runs" / f"{save_name}{data}_Encoder=random_vit_tiny_14_Resize=64_Crop=56{prototypes}"

@@ -1,7 +1,7 @@
 """The kernels against plain numpy: integers exactly, floats against float64 formulas, bits where float64 decides them.
 
-A case takes an object whose methods have the names and the arguments of the operators in binarize/kernels/operations.py, but
-take and return arrays. `CKernels` is that for the compiled library; it needs neither torch nor the package, so that
+A case takes an object whose methods have the names and the arguments of the operators in binarize/kernels, but take and
+return arrays. `CKernels` is that for the compiled library; it needs neither torch nor the package, so that
 
     python -m tests.kernel_cases LIBRARY.so
 
@@ -26,6 +26,10 @@ INPUTS = (1, 5, 31, 33, 63, 64, 65, 100, 384, 1000, 2049)
 OUTPUTS = (1, 17, 32, 33, 95, 96, 100)
 VECTOR_WIDTHS = (1, 5, 15, 16, 17, 33, 100, 384)
 PROTOTYPES, HEAD_WIDTHS, TOKENS = (1, 6, 17, 64), (1, 5, 16, 64), (1, 15, 16, 17, 37)
+LINEAR_ROWS, LINEAR_HEAD_WIDTHS = (
+    ((3, 1), (2, 5), (3, 16), (3, 17), (2, 261), (1, 789)),
+    (1, 7, 16, 32, 55, 64),
+)  # images, tokens
 SOFTMAX_TOKENS, SOFTMAX_HEAD_WIDTHS = (1, 2, 15, 16, 17, 33, 100, 789), (32, 64)
 # of five heads: plain, negative, with parallel keys, without a map, with a key of zeros
 HEAD_SCALE, SHARE = [1.3, -0.7, 0.9, 0.0, 1.0], [0.25, 0.5, 0.125, 0.25, 1.0]
@@ -33,6 +37,7 @@ SLOPE, MIDDLE = [4.0, -3.0, 0.5, 4.0, 200.0], [1.0, 0.5, 0.2, 1.0, 0.3]
 NEGATIVE_HEAD, PARALLEL_HEAD, ZERO_KEY_HEAD = 1, 2, 4
 
 EPSILON = 1e-6
+LINEAR_EPSILON = 1e-8
 FLOAT32_ROUNDING = 2.0**-24
 BFLOAT16_ROUNDING = 2.0**-8
 MOST_UNDECIDED = 0.01
@@ -89,6 +94,15 @@ class CKernels:
         gates = (head_scale, share, slope, middle)
         self._run("prototype_attention", query, images, tokens, projected, *sizes, keys, *gates, threshold, bits)
         return bits
+
+    def linear_attention(self, projected, tokens, heads, threshold):
+        rows, width = len(projected), projected.shape[1] // 3
+        images, d = rows // tokens, width // heads
+        summaries = garbage((images * heads * (d + 1) * d,), np.float32)
+        out = garbage((rows, width), np.float32) if threshold is None else garbage_words(rows, width)
+        bits, floats = (None, out) if threshold is None else (out, None)
+        self._run("linear_attention", projected, images, tokens, heads, d, summaries, threshold, bits, floats)
+        return out
 
     def quantize(self, x):
         out, scales = garbage(x.shape, np.uint8), garbage(x.shape[:1], np.float32)
@@ -394,6 +408,36 @@ def prototype_attention(kernels: CKernels) -> None:
     check_few(undecided, "prototype_attention")
 
 
+@cache
+def linear_problem(images: int, tokens: int, heads: int, width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Queries, keys and values with all sizes of features, their linear attention in float64, and the same of |values|.
+
+    The truth is the quadratic form: all tokens' weights for all tokens, each row divided by its sum.
+    """
+    random = np.random.default_rng([images, tokens, heads, width])
+    shape = (images * tokens, 3, heads, width)
+    projected = normal(random, *shape) * float32(random.choice([0.1, 1, 4], (*shape[:-1], 1)))
+    projected[:, :2] += float32(random.choice([0, 0, -20, 6], (shape[0], 2, heads, 1)))
+    projected = projected.reshape(len(projected), -1)
+    query, key, value = (by_head(part, heads) for part in np.split(projected.reshape(images, tokens, -1), 3, axis=-1))
+    query, key = (np.where(part > 0, part + 1, np.exp(np.minimum(part, 0))) for part in (query, key))
+    weights = query @ key.swapaxes(-1, -2)
+    weights /= weights.sum(axis=-1, keepdims=True) + LINEAR_EPSILON
+    return projected, by_row(weights @ value), by_row(weights @ np.abs(value))
+
+
+def linear_attention(kernels: CKernels) -> None:
+    sizes = [(*rows, 3, width) for rows, width in itertools.product(LINEAR_ROWS, LINEAR_HEAD_WIDTHS)]
+    for images, tokens, heads, width in [*sizes, (1, 17, 64, 64)]:
+        where = f"linear_attention, {images} images, {tokens} tokens, {heads} heads of {width}"
+        projected, output, size = linear_problem(images, tokens, heads, width)
+        found = kernels.linear_attention(projected, tokens, heads, None)
+        check_close(found, output, 1e-5 * size, where)
+        threshold = float32(np.random.default_rng(width).choice([0, 0.1, -0.3], heads * width))
+        bits = kernels.linear_attention(projected, tokens, heads, threshold)
+        check_equal(bits, packed(found >= threshold), f"{where}, bits")
+
+
 def check_quantized(found: tuple[np.ndarray, np.ndarray], values: np.ndarray, error: float, where: str) -> np.ndarray:
     """Bytes and scales of float64 values, which float32 knows up to `error`.
 
@@ -568,6 +612,7 @@ CASES: list[Callable[[CKernels], None]] = [
     linear,
     linear_to_bits,
     prototype_attention,
+    linear_attention,
     quantize,
     quantize_halves,
     quantize_extremes,

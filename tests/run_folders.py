@@ -7,6 +7,7 @@ import yaml
 
 from binarize.cost import Cost
 from utils.arguments import base_parser, parse
+from utils.hosts import INP_FORMER, Host
 from utils.metrics import METRIC_NAMES
 from utils.report import write_cost
 from utils.result_files import write_results
@@ -30,6 +31,7 @@ def make_run(
     root: Path,
     rows: dict,
     *flags: str,
+    host: Host = INP_FORMER,
     setting: str = "single",
     stage: int = 0,
     items=(),
@@ -48,7 +50,7 @@ def make_run(
     """
     start = ["--dataset", "MVTec-AD", "--data_path", "data", "--clb_stage", str(stage), "--total_iters", "100"]
     start += ["--load_checkpoint", "before"] if stage == 2 and "--load_checkpoint" not in flags else []
-    settings = settings_of(parse(base_parser("", "INP-Former", [setting]), [*start, "--save_dir", str(root), *flags]))
+    settings = settings_of(parse(base_parser("", host, [setting]), [*start, "--save_dir", str(root), *flags]))
     folder = settings.run_path / inside
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(settings.config))

@@ -7,18 +7,19 @@ import yaml
 
 from common.errors import UserError
 from utils.arguments import base_parser, parse
+from utils.hosts import INP_FORMER
 from utils.settings import Settings, settings_of
 
 NAME = "INP-Former-Single-Class"
 
 
 def settings(*flags: str, setting: str = "single") -> Settings:
-    return settings_of(parse(base_parser("", "INP-Former", [setting]), flags))
+    return settings_of(parse(base_parser("", INP_FORMER, [setting]), flags))
 
 
 def test_defaults_are_the_papers():
     made = settings("--dataset", "MVTec-AD", "--data_path", "./datasets/mvtec", "--phase", "train", "--clb_stage", "1")
-    assert (made.model.encoder, made.model.prototype_count) == ("dinov2reg_vit_base_14", 6)
+    assert (made.model.encoder, made.config["INP_num"]) == ("dinov2reg_vit_base_14", 6)
     assert (made.data.input_size, made.data.crop_size) == (448, 392)
     assert (made.evaluation.mask_threshold, made.evaluation.max_ratio) == (0.5, 0.01)
     assert (made.evaluation.smoothing_kernel, made.evaluation.smoothing_sigma) == (5, 4.0)

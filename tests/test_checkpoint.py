@@ -15,7 +15,6 @@ import torch
 from common.errors import ResourceError, UserError
 from tests.conftest import REPOSITORY
 from utils.checkpoint import FORMAT_VERSION, atomic_write, load_checkpoint, save_checkpoint
-from utils.devices import random_state, restore_random_state, seed_everything
 
 CONTENT = {
     "model": {"weight": torch.arange(4000.0), "flag": torch.tensor(True)},
@@ -143,13 +142,3 @@ def test_kill_in_the_middle_of_saving_never_breaks_the_file(tmp_path):
         process.send_signal(signal.SIGKILL)
         process.wait()
         assert len(load_checkpoint(path)["model"]["w"]) == 2_000_000
-
-
-def test_random_states_come_back(tmp_path):
-    seed_everything(3)
-    save_checkpoint(tmp_path / "state.pth", {**CONTENT, "random_state": random_state()})
-    first = torch.rand(3), random.random()
-    restore_random_state(load_checkpoint(tmp_path / "state.pth")["random_state"])
-    second = torch.rand(3), random.random()
-    assert torch.equal(first[0], second[0])
-    assert first[1] == second[1]

@@ -152,7 +152,7 @@ def test_attention_has_no_residual(random_detector):
 
 def test_reconstruction_follows_its_formula(random_detector):
     features, state = random_features(3), numpy_state(random_detector)
-    reconstruction, prototypes = random_detector.reconstruct(features)
+    reconstruction, prototypes = random_detector.reconstruct(features), random_detector.prototypes(features.mean(dim=1))
     assert reconstruction.shape == (3, 2, 16, DIM)
     for image in range(3):
         expected, expected_prototypes = slow_reconstruct(state, features[image].numpy())
@@ -229,7 +229,7 @@ def test_training_loss_is_the_mean_of_two_global_cosines_plus_a_fifth_of_the_coh
 
 def test_coherence_trains_only_the_extractor_and_its_tokens(random_detector):
     features = random_features()
-    _, prototypes = random_detector.reconstruct(features)
+    prototypes = random_detector.prototypes(features.mean(dim=1))
     prototype_coherence_loss(features.mean(dim=1), prototypes).backward()
     touched = {name.split(".")[0] for name, value in random_detector.named_parameters() if value.grad is not None}
     assert touched == {"aggregation", "prototype_token"}
@@ -357,8 +357,9 @@ def test_incomplete_and_surplus_states_are_refused_by_name(tiny_detector):
 
 def test_the_prototype_count_is_free(tiny_encoder):
     detector = build_inp_former(tiny_encoder, 11)
-    _, prototypes = detector.reconstruct(random_features().float())
-    assert prototypes.shape == (2, 11, DIM)
+    features = random_features().float()
+    assert detector.prototypes(features.mean(dim=1)).shape == (2, 11, DIM)
+    assert detector.reconstruct(features).shape == features.shape
 
 
 def test_losses_and_prototype_map_are_float32_under_mixed_precision(tiny_detector):

@@ -13,7 +13,7 @@ from torch import nn
 
 from binarize import int8
 from binarize.int8 import Int8Block, Int8Convolution, Int8Linear, Int8Mlp, to_int8
-from binarize.kernels import operations
+from binarize.kernels import engine
 from binarize.runtime import prepare_modules
 from models.build import RANDOM_TINY_ENCODER, build_encoder, build_encoder_without_weights
 from models.layers import Mlp, PrototypeExtractorBlock
@@ -25,13 +25,13 @@ SHAPES = [(1, 1, 1), (16, 32, 5), (17, 33, 7), (5, 130, 40)]  # out, in, tokens
 @pytest.fixture(params=["kernels", "torch"])
 def between_products(request):
     """What lies between the products: the fastest C path of this machine, or plain torch."""
-    before = operations.kernels()
+    before = engine.kernels()
     if request.param == "torch":
-        operations.use_kernels(None)
+        engine.use_kernels(None)
     elif before is None:
         pytest.skip("no C compiler here")
     yield
-    operations.use_kernels(before)
+    engine.use_kernels(before)
 
 
 @pytest.fixture

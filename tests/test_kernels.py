@@ -8,6 +8,7 @@ import re
 import stat
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from binarize.kernels import library, operations, oracle
+from binarize.kernels import engine, int8_operations, library, operations, oracle
 from binarize.kernels.library import (
     CompilationError,
     available_paths,
@@ -36,6 +37,7 @@ OPERATORS = [
     "linear",
     "linear_to_bits",
     "prototype_attention",
+    "linear_attention",
     "quantize",
     "layer_norm_quantize",
     "gelu_quantize",
@@ -72,10 +74,10 @@ def kernels(compiler):
 @pytest.fixture(autouse=True)
 def _restore():
     """Leave path and thread count as they were."""
-    threads, chosen = torch.get_num_threads(), list(operations._kernels)
+    threads, chosen = torch.get_num_threads(), list(engine._kernels)
     yield
     torch.set_num_threads(threads)
-    operations._kernels[:] = chosen
+    engine._kernels[:] = chosen
 
 
 @pytest.fixture
@@ -84,11 +86,16 @@ def forget():
 
     def forget_all() -> None:
         load_library.cache_clear()
-        operations._kernels.clear()
+        engine._kernels.clear()
 
     forget_all()
     yield forget_all
     forget_all()
+
+
+def operator(name: str) -> Callable:
+    """An operator by its name."""
+    return getattr(operations if hasattr(operations, name) else int8_operations, name)
 
 
 class TorchKernels:
@@ -99,7 +106,7 @@ class TorchKernels:
     def __getattr__(self, name: str):
         def call(*arguments):
             tensors = [torch.tensor(value) if isinstance(value, np.ndarray) else value for value in arguments]
-            found = getattr(operations, name)(*tensors)
+            found = operator(name)(*tensors)
             return tuple(part.numpy() for part in found) if isinstance(found, tuple) else found.numpy()
 
         return call
@@ -124,6 +131,7 @@ def example(name: str) -> list:
         "linear": [bits, panels, INPUTS, normal(OUTPUTS), normal(OUTPUTS), normal(ROWS, OUTPUTS)],
         "linear_to_bits": [bits, panels, INPUTS, low, span],
         "prototype_attention": [normal(2, TOKENS, width), normal(2, 6, 2 * width), normal(HEADS), *gates, normal(width)],
+        "linear_attention": [normal(ROWS, 3 * width), TOKENS, HEADS, normal(width) / 10],
         "quantize": [normal(ROWS, INPUTS)],
         "layer_norm_quantize": [normal(ROWS, INPUTS), normal(INPUTS), normal(INPUTS), 1e-6],
         "gelu_quantize": [normal(ROWS, INPUTS), normal(ROWS), normal(INPUTS)],
@@ -134,7 +142,7 @@ def example(name: str) -> list:
 
 def results(name: str, arguments: list) -> tuple[Tensor, ...]:
     """What an operator returns, always as a tuple."""
-    found = getattr(operations, name)(*arguments)
+    found = operator(name)(*arguments)
     return found if isinstance(found, tuple) else (found,)
 
 
@@ -178,7 +186,7 @@ def test_c_is_the_plain_formula(kernels, path, case):
 @pytest.mark.parametrize("with_c", [True, False], ids=["C", "torch"])
 def test_operators_are_the_plain_formula(monkeypatch, with_c, case):
     if not with_c:
-        operations.use_kernels(None)
+        engine.use_kernels(None)
     for name, few in FEWER_SIZES.items():
         monkeypatch.setattr(kernel_cases, name, few)
     case(TorchKernels())
@@ -205,16 +213,18 @@ def test_operators_agree_with_plain_torch(kernels, name):
 
 @pytest.mark.parametrize("name", OPERATORS)
 def test_without_c_operators_are_plain_torch(name):
-    operations.use_kernels(None)
-    assert operations.describe_path() == "plain torch (no C compiler)"
+    engine.use_kernels(None)
+    assert engine.describe_path() == "plain torch (no C compiler)"
     arguments = example(name)
     for found, expected in zip(results(name, arguments), plain_results(name, arguments), strict=True):
         assert torch.equal(found, expected)
 
 
-@pytest.mark.parametrize("absent", [(5,), (3, 4), (4,), (3, 4, 5)])
-def test_arguments_that_may_be_absent(kernels, absent):
-    name = "rescale" if absent[-1] <= 4 else "linear" if len(absent) == 1 else "prototype_attention"
+@pytest.mark.parametrize(
+    ("name", "absent"),
+    [("linear", (5,)), ("rescale", (3, 4)), ("rescale", (4,)), ("prototype_attention", (3, 4, 5)), ("linear_attention", (3,))],
+)
+def test_arguments_that_may_be_absent(kernels, name, absent):
     arguments = [None if index in absent else value for index, value in enumerate(example(name))]
     for found, expected in zip(results(name, arguments), plain_results(name, arguments), strict=True):
         torch.testing.assert_close(found, expected)
@@ -238,6 +248,7 @@ WRONG_SHAPES = {
         **{index: [(HEADS + 1,), (1,), (HEADS, 1, 1)] for index in (3, 4, 5)},
         6: [(159,), (1,), (1, 160)],
     },
+    "linear_attention": {0: [(ROWS, 479), (ROWS - 1, 480), (480,), (2, 35, 480), (ROWS, 0)], 3: [(159,), (1,), (1, 160)]},
     "quantize": {0: [(INPUTS,), (2, ROWS, INPUTS)]},
     "layer_norm_quantize": {0: [(ROWS, INPUTS - 1), (INPUTS,)], 1: [(INPUTS + 1,), (1,)], 2: [(INPUTS + 1,), (1,)]},
     "gelu_quantize": {0: [(ROWS, INPUTS - 1), (INPUTS,)], 1: [(ROWS - 1,), (1,), (ROWS, 1)], 2: [(INPUTS - 1,), (1,)]},
@@ -259,7 +270,7 @@ WRONG_SHAPES = {
 )
 def test_wrong_shapes_are_refused(name, index, shape, with_c):
     if not with_c:
-        operations.use_kernels(None)
+        engine.use_kernels(None)
     arguments = example(name)
     arguments[index] = torch.zeros(shape, dtype=arguments[index].dtype)
     with pytest.raises(ValueError, match=re.escape(str(shape))):
@@ -267,9 +278,12 @@ def test_wrong_shapes_are_refused(name, index, shape, with_c):
 
 
 @pytest.mark.parametrize(("tokens", "heads"), [(TOKENS - 1, HEADS), (TOKENS, HEADS + 2), (0, HEADS), (TOKENS, 0)])
-def test_softmax_attention_refuses_numbers_that_do_not_divide(tokens, heads):
+@pytest.mark.parametrize(("name", "place"), [("softmax_attention", 3), ("linear_attention", 1)])
+def test_attention_refuses_numbers_that_do_not_divide(name, place, tokens, heads):
+    arguments = example(name)
+    arguments[place : place + 2] = tokens, heads
     with pytest.raises(ValueError, match=f"{tokens} tokens|{heads} heads"):
-        results("softmax_attention", [*example("softmax_attention")[:3], tokens, heads])
+        results(name, arguments)
 
 
 @pytest.mark.parametrize("name", OPERATORS)
@@ -333,14 +347,14 @@ def test_c_gets_path_and_threads_first(compiled_with_threads, threads):
         binaryad_has_threads=lambda: compiled_with_threads, binaryad_any=lambda *arguments: calls.append(arguments)
     )
     torch.set_num_threads(2)
-    operations.Kernels(fake, "scalar").call("any", None)
+    engine.Kernels(fake, "scalar").call("any", None)
     assert calls == [(library.PATHS["scalar"], threads, None)]
 
 
 @pytest.mark.parametrize("wrong", [torch.float64, torch.float16, torch.int64])
 def test_c_gets_no_type_that_it_does_not_know(kernels, wrong):
     with pytest.raises(TypeError, match=str(wrong)):
-        operations.quantize(torch.ones(3, 4, dtype=wrong))
+        int8_operations.quantize(torch.ones(3, 4, dtype=wrong))
 
 
 def script(path: Path, text: str) -> str:
@@ -387,9 +401,9 @@ exec {compiler} "$@" -O0"""
     environment = {"CC": script(tmp_path / "compiler", waiting), "BINARYAD_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
     code = """
 import torch
-from binarize.kernels import operations
+from binarize.kernels import engine, operations
 
-print(operations.pack(torch.ones(1, 3), torch.zeros(3)).tolist(), operations.describe_path())
+print(operations.pack(torch.ones(1, 3), torch.zeros(3)).tolist(), engine.describe_path())
 """
     processes = [
         subprocess.Popen(
@@ -442,7 +456,7 @@ def test_without_a_compiler_torch_computes(forget, monkeypatch, caplog):
     assert find_compiler() is None
     (warning,) = result_and_warnings(caplog)
     assert warning.startswith("no C compiler found")
-    assert operations.describe_path() == "plain torch (no C compiler)"
+    assert engine.describe_path() == "plain torch (no C compiler)"
 
 
 def test_with_a_useless_compiler_torch_computes(forget, tmp_path, monkeypatch, caplog):
@@ -459,7 +473,7 @@ def test_without_a_writable_cache_the_process_compiles_for_itself(forget, compil
     (warning,) = [text for text in result_and_warnings(caplog) if not text.startswith("compiled without OpenMP")]
     assert "no cache for the kernels" in warning
     assert str(tmp_path / "file") in warning
-    assert operations.kernels() is not None
+    assert engine.kernels() is not None
 
 
 def test_when_the_compiler_hangs_torch_computes(forget, compiler, tmp_path, monkeypatch, caplog):
@@ -505,7 +519,7 @@ def test_a_path_can_be_chosen(kernels, forget, monkeypatch):
     for path in available:
         monkeypatch.setenv("BINARYAD_ISA", path)
         forget()
-        assert operations.describe_path() == f"C kernels, {path}"
+        assert engine.describe_path() == f"C kernels, {path}"
     monkeypatch.setenv("BINARYAD_ISA", "")
     assert chosen_path(kernels) == available[0]
 

@@ -30,7 +30,7 @@ def test_every_network_is_timed_once_in_the_form_it_is_deployed_in(tmp_path, tra
     def medians(variants, repeats):
         measured.append((len(variants), repeats, torch.get_num_threads()))
         maps.extend(call() for call in variants.values())
-        return {name: 0.25 if name[4] == 0 else 0.125 for name in variants}
+        return {name: 0.25 if name[0] == 0 else 0.125 for name in variants}
 
     monkeypatch.setattr(run_timing, "packed_copy", recorded)
     monkeypatch.setattr(run_timing, "interleaved_medians", medians)

@@ -14,7 +14,7 @@ from torch import nn
 import utils.agreement
 import utils.packed_model
 from binarize.attention import SoftmaxAwareBinarization
-from binarize.kernels import operations
+from binarize.kernels import engine, operations
 from binarize.kernels.library import PATHS, available_paths, load_library
 from binarize.linear import BinarizationOptions, BinaryLinear
 from binarize.runtime import (
@@ -46,12 +46,12 @@ SMALLEST_MARGIN = 1e-5
 @pytest.fixture(params=["torch", *PATHS])
 def path(request):
     """Every way to compute that this machine has."""
-    before, library = operations.kernels(), load_library()
+    before, library = engine.kernels(), load_library()
     if request.param != "torch" and (library is None or request.param not in available_paths(library)):
         pytest.skip(f"the path {request.param} does not run here")
-    operations.use_kernels(None if request.param == "torch" else operations.Kernels(library, request.param))
+    engine.use_kernels(None if request.param == "torch" else engine.Kernels(library, request.param))
     yield request.param
-    operations.use_kernels(before)
+    engine.use_kernels(before)
 
 
 def build_detector(width: int, side: int) -> INPFormer:

@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from common.errors import UserError
+from datasets.catalog import LAYOUTS
 from scripts import report
 from tests.conftest import REPOSITORY
 from tests.miniature import make_mvtec
@@ -18,9 +19,12 @@ from tests.run_folders import make_run, row
 from utils.arguments import base_parser, parse
 from utils.comparison import compare_runs
 from utils.comparison_tables import category_table, claim_lines, cost_table, overview, provenance_table, result_table
+from utils.hosts import DINOMALY, INP_FORMER
 from utils.metrics import METRIC_NAMES
+from utils.protocol import EvaluationOptions
 from utils.published import PUBLISHED_FILE, read_published
 from utils.result_files import write_pixel_errors
+from utils.settings import settings_of
 from utils.tables import Table
 
 NAME = "INP-Former-Multi-Class"
@@ -310,6 +314,18 @@ def test_tables_are_safe_from_their_content():
     assert "<td>&lt;b&gt;|*</td>" in table.html(2)
 
 
+def test_published_categories_average_to_the_published_means():
+    published, compared = read_published(), 0
+    for mean in published.rows:
+        same = [row for row in published.of(mean.setting, mean.dataset) if (row.kind, row.method) == (mean.kind, mean.method)]
+        if mean.item == "Mean" and len(same) == 1 + len(LAYOUTS[mean.dataset].published_items):
+            for name in METRIC_NAMES:
+                values = [float(row.metrics[name]) for row in same if row.item != "Mean"]
+                assert abs(sum(values) / len(values) - float(mean.metrics[name])) < 0.06  # all have one decimal
+                compared += 1
+    assert compared == 3 * 7  # Dinomaly, multi-class, on three data sets
+
+
 PRESETS = {"single": "table_single_class", "multi": "table_multi_class", "few": "table_few_shot"}
 # the paper's encoder, sizes, training and evaluation
 PAPER = {
@@ -323,9 +339,9 @@ PAPER = {
 @pytest.mark.parametrize("setting", PRESETS)
 def test_presets_spell_out_the_papers_values_which_are_the_defaults(setting):
     path = REPOSITORY / "configs" / f"{PRESETS[setting]}.yaml"
-    parsed = vars(parse(base_parser("", "INP-Former", [setting]), ["--config", str(path)]))
+    parsed = vars(parse(base_parser("", INP_FORMER, [setting]), ["--config", str(path)]))
     assert {key: parsed[key] for key in PAPER} == PAPER
-    defaults = vars(parse(base_parser("", "INP-Former", [setting]), []))
+    defaults = vars(parse(base_parser("", INP_FORMER, [setting]), []))
     assert {**parsed, "config": None} == defaults
     assert set(yaml.safe_load(path.read_text())) >= PAPER.keys() - {"total_iters"}
     assert path.read_text().startswith(
@@ -333,9 +349,38 @@ def test_presets_spell_out_the_papers_values_which_are_the_defaults(setting):
     )
 
 
+DINOMALY_PRESETS = {"single": "table_dinomaly_single_class", "multi": "table_dinomaly_multi_class"}
+# the numbers of the authors' scripts, by setting and data set
+DINOMALY_SCRIPTS = {
+    ("multi", "MVTec-AD"): {"total_iters": 10_000, "bottleneck_dropout": 0.2, "adam_eps": 1e-10},
+    ("multi", "VisA"): {"total_iters": 10_000, "bottleneck_dropout": 0.2, "adam_eps": 1e-10},
+    ("multi", "Real-IAD"): {"total_iters": 50_000, "bottleneck_dropout": 0.4, "adam_eps": 1e-10},
+    ("single", "MVTec-AD"): {"total_iters": 5_000, "bottleneck_dropout": 0.2, "adam_eps": 1e-8},
+    ("single", "VisA"): {"total_iters": 5_000, "bottleneck_dropout": 0.2, "adam_eps": 1e-8},
+    ("single", "Real-IAD"): {"total_iters": 5_000, "bottleneck_dropout": 0.2, "adam_eps": 1e-10},
+}
+DINOMALY_PAPER = {key: value for key, value in PAPER.items() if key != "INP_num"} | {
+    "total_epochs": None, "learning_rate": 2e-3, "final_learning_rate": 2e-4, "mining_final": 0.9, "mining_factor": 0.1,
+    "mining_warmup": None, "decoder_attention": "linear", "groups": 2, "remove_class_token": False, "recentre": False,
+    "sab": "off", "mask_threshold": 0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("setting", "dataset"), DINOMALY_SCRIPTS)
+def test_dinomalys_presets_spell_out_its_authors_values_which_are_the_defaults(setting, dataset):
+    path = REPOSITORY / "configs" / f"{DINOMALY_PRESETS[setting]}.yaml"
+    parser = base_parser("", DINOMALY, ["multi", "single", "few"])
+    settings = settings_of(parse(parser, ["--config", str(path), "--dataset", dataset])).config
+    expected = {**DINOMALY_PAPER, **DINOMALY_SCRIPTS[setting, dataset], "setting": setting}
+    assert {key: settings[key] for key in expected} == expected
+    assert settings == settings_of(parse(parser, ["--setting", setting, "--dataset", dataset])).config
+    assert set(yaml.safe_load(path.read_text())) >= expected.keys() - {"total_epochs"}
+    assert path.read_text().startswith(f"# python Binary_Dinomaly.py --config configs/{path.name}")
+
+
 def test_the_preset_for_laptops_parses():
     path = REPOSITORY / "configs" / "small_encoder.yaml"
-    parsed = parse(base_parser("", "INP-Former", ["single"]), ["--config", str(path)])
+    parsed = parse(base_parser("", INP_FORMER, ["single"]), ["--config", str(path)])
     assert (parsed.encoder, parsed.crop_size, parsed.total_iters) == ("dinov2_vit_small_14", 280, 200)
 
 
@@ -402,6 +447,28 @@ def test_multi_class_table_gives_the_papers_commands_and_one_report(table_script
     assert "VisA is left out" not in started.stdout
 
 
+@pytest.mark.parametrize(("setting", "name"), [("multi", "Dinomaly-Multi-Class"), ("single", "Dinomaly-Single-Class")])
+def test_dinomalys_tables_give_its_commands_and_find_its_runs(table_script, setting, name):
+    table = DINOMALY_PRESETS[setting]
+    code, commands, _ = table_script(table, "--realiad", "d/real", SEEDS="1 2", EXTRA="--crop_size 378")
+    start = f"Binary_Dinomaly.py --config configs/{table}.yaml --dataset Real-IAD --data_path d/real --phase train"
+    end = f"--setting {setting} --save_dir runs --resume --crop_size 378"
+    second = [f"--seed 2 --save_name {name}-seed2{suffix} {end}" for suffix in ("-FP", "", "-CLB2")]
+    assert commands[:-1] == [
+        words(f"{start} --clb_stage 0 {end}"),
+        words(f"{start} --clb_stage 1 {end}"),
+        words(f"{start} --clb_stage 2 --load_checkpoint {name} {end}"),
+        words(f"{start} --clb_stage 0 {second[0]}"),
+        words(f"{start} --clb_stage 1 {second[1]}"),
+        words(f"{start} --clb_stage 2 --load_checkpoint {name}-seed2 {second[2]}"),
+    ]
+    parser = base_parser("", DINOMALY, ["multi", "single", "few"])
+    trained = [str(settings_of(parse(parser, command[1:])).run_path) for command in commands[:-1]]
+    assert set(trained) <= set(commands[-1])
+    assert sum("_dataset=Real-IAD_" in word for word in commands[-1]) == len(trained)
+    assert code == 0
+
+
 def test_environment_reaches_the_trainings(table_script):
     environment = {
         "MVTEC_PATH": "data/mvtec", "ITEMS": "bottle cable", "ITERS": "100", "STAGES": "2", "SEEDS": "1 2", "SHOTS": "1 4",
@@ -431,7 +498,7 @@ def test_environment_reaches_the_trainings(table_script):
 @pytest.mark.parametrize(("extra", "share"), [("", "4"), ("--batch_size 8", "2"), ("--batch_size=24", "6")])
 def test_processes_share_the_batch_of_one_process(table_script, extra, share):
     _, commands, _ = table_script("table_single_class", "--mvtec", "data", NPROC="4", STAGES="0", EXTRA=extra)
-    parsed = parse(base_parser("", "INP-Former", ["single"]), commands[0][commands[0].index("--dataset") :])
+    parsed = parse(base_parser("", INP_FORMER, ["single"]), commands[0][commands[0].index("--dataset") :])
     assert parsed.batch_size == int(share)
     assert commands[0].count("torch.distributed.run") == 1
 
@@ -463,7 +530,7 @@ def test_a_stopped_table_ends_at_once_and_a_failed_report_is_a_failure(table_scr
     assert table_script("table_single_class", "--mvtec", "data", codes={"scripts.report": 2})[0] == 1
 
 
-@pytest.mark.parametrize("name", ["table_single_class", "table_multi_class", "table_few_shot"])
+@pytest.mark.parametrize("name", [*PRESETS.values(), *DINOMALY_PRESETS.values()])
 def test_table_scripts_explain_themselves_and_refuse_what_they_do_not_know(table_script, name):
     code, commands, started = table_script(name, "--help")
     assert (code, commands) == (0, [])
@@ -478,6 +545,45 @@ def test_table_scripts_explain_themselves_and_refuse_what_they_do_not_know(table
 def test_smoke_iterations_have_a_folder_of_their_own(table_script):
     _, commands, _ = table_script("table_single_class", "--mvtec", "data", SAVE_DIR="", ITERS="7", STAGES="0")
     assert commands[0][commands[0].index("--save_dir") + 1] == "./saved_results/iterations=7"
+
+
+@pytest.mark.parametrize(
+    ("setting", "environment", "script", "name"),
+    [
+        ("single", {}, "Binary_INP_Single_Class.py", "seed3"),
+        ("multi", {}, "Binary_INP_Multi_Class.py", "seed3-multi"),
+        ("few", {"HOST": "INP-Former"}, "Binary_INP_Few_Shot.py", "seed3-few"),
+        ("single", {"HOST": "Dinomaly"}, "Binary_Dinomaly.py --setting single", "seed3-dinomaly"),
+        ("multi", {"HOST": "Dinomaly"}, "Binary_Dinomaly.py --setting multi", "seed3-dinomaly-multi"),
+        (
+            "few",
+            {"HOST": "Dinomaly", "VARIANT": "softmax", "EXTRA": "--decoder_attention softmax", "ITEMS": "a b"},
+            "Binary_Dinomaly.py --setting few",
+            "seed3-dinomaly-softmax-few",
+        ),
+    ],
+)
+def test_results_of_both_hosts_are_trained_alike_and_measured_alike(table_script, setting, environment, script, name):
+    stages = "float stage1 stage2 control"
+    _, commands, _ = table_script("results_settings", "data", setting, "3", stages, ITERATIONS="50", **environment)
+    items = "--item a b " if environment.get("ITEMS") else ""
+    extra = environment.get("EXTRA", "")
+    start = f"{script} --dataset Folder --data_path data {items}--seed 3 --encoder dinov2_vit_small_14 --input_size 256"
+    start += " --crop_size 224 --batch_size 8 --precision bf16 --mask_threshold 0.5 --save_dir runs --save_name"
+    assert commands == [
+        words(f"{start} {name}-float --clb_stage 0 --total_iters 50 --resume {extra}"),
+        words(f"{start} {name}-stage1 --clb_stage 1 --total_iters 50 --resume --load_checkpoint {name}-float {extra}"),
+        words(f"{start} {name}-stage2 --clb_stage 2 --total_iters 50 --resume --load_checkpoint {name}-stage1 {extra}"),
+        words(f"{start} {name}-float-control --clb_stage 0 --total_iters 150 --resume {extra}"),
+    ]
+    parser = base_parser("", DINOMALY if "Dinomaly" in script else INP_FORMER, ["single", "multi", "few"])
+    assert {settings_of(parse(parser, command[1:])).evaluation for command in commands} == {EvaluationOptions()}
+
+
+def test_results_of_an_unknown_host_are_refused(table_script):
+    code, commands, started = table_script("results_settings", "data", "multi", "1", HOST="dinomaly")
+    assert (code, commands) == (2, [])
+    assert "choose INP-Former or Dinomaly" in started.stderr
 
 
 def test_a_real_table_in_miniature(table_script, tmp_path):

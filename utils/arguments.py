@@ -1,8 +1,6 @@
 """The command line: one parser for all entry scripts, with defaults from a YAML file."""
 
 import argparse
-import difflib
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn, get_args
@@ -12,33 +10,11 @@ from datasets.catalog import LAYOUTS, ListingOptions
 from datasets.images import DEFAULT_MAX_PIXELS
 from models.build import ENCODERS
 from utils.config_file import config_tokens
+from utils.converters import dataset_names, number
+from utils.hosts import Host
 from utils.loading import default_worker_count
 from utils.optim import DEFAULT_WARMUP
 from utils.protocol import Scoring
-
-
-def number(kind: type, low: float, high: float = math.inf):
-    """A converter for argparse: text -> kind within limits."""
-
-    def convert(text: str):
-        value = kind(text)
-        if not low <= value <= high:
-            limits = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
-            raise argparse.ArgumentTypeError(f"{text} is not {limits}")
-        return value
-
-    convert.__name__ = kind.__name__  # argparse names the type in its messages
-    return convert
-
-
-def dataset_names(text: str) -> str:
-    """A converter for argparse: one known data set, or several joined with +."""
-    for name in text.split("+"):
-        if name not in LAYOUTS:
-            near = difflib.get_close_matches(name, LAYOUTS, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"choose from {' '.join(LAYOUTS)}"
-            raise argparse.ArgumentTypeError(f"{name!r} is no data set; {hint}")
-    return text
 
 
 class OneSentenceParser(argparse.ArgumentParser):
@@ -51,12 +27,12 @@ class OneSentenceParser(argparse.ArgumentParser):
         self.exit(2, f"error: {message}{source}; see --help\n")
 
 
-def base_parser(doc: str, host: str, settings: Sequence[str]) -> argparse.ArgumentParser:
+def base_parser(doc: str, host: Host, settings: Sequence[str]) -> argparse.ArgumentParser:
     """The flags that every training script shares.
 
     Args:
         doc: the script's docstring.
-        host: host network, for default save names.
+        host: host network; it brings flags and defaults of its own.
         settings: `single`, `multi` and `few` as far as the script offers them, the default first.
     """
     parser = OneSentenceParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
@@ -65,11 +41,13 @@ def base_parser(doc: str, host: str, settings: Sequence[str]) -> argparse.Argume
 
     _add_data_flags(parser.add_argument_group("data"), settings)
     _add_model_flags(parser.add_argument_group("model"))
+    host.add_flags(parser.add_argument_group(host.name))
     _add_binarization_flags(parser.add_argument_group("binarization"))
     _add_training_flags(parser.add_argument_group("training"))
     _add_evaluation_flags(parser.add_argument_group("evaluation"))
     _add_output_flags(parser.add_argument_group("output"), host)
-    parser.set_defaults(host=host)
+    parser.add_argument("--host", choices=[host.name], default=host.name, help=argparse.SUPPRESS)  # a config.yaml names it
+    parser.set_defaults(**host.defaults)
     return parser
 
 
@@ -100,7 +78,6 @@ def _add_model_flags(group) -> None:
     )
     group.add_argument("--encoder_weights", metavar="FILE", help=".safetensors or .pth instead of a download")
     group.add_argument("--pos_embed", choices=["paper", "timm"], default="paper", help="resampling of the position grid")
-    group.add_argument("--INP_num", type=number(int, 1), default=6, help="intrinsic normal prototypes per image")
 
 
 def _add_binarization_flags(group) -> None:
@@ -155,6 +132,7 @@ def _add_training_flags(group) -> None:
     group.add_argument("--final_learning_rate", type=number(float, 0), default=1e-4, help="at the end of the cosine")
     group.add_argument("--warmup_iters", type=number(int, 0), help=f"default {DEFAULT_WARMUP}, at most a fifth of the run")
     group.add_argument("--weight_decay", type=number(float, 0), default=1e-4)
+    group.add_argument("--adam_eps", type=number(float, 0), default=1e-10, help="of StableAdamW (Dinomaly, single-class: 1e-8)")
     group.add_argument("--gradient_clip", type=number(float, 1e-9), default=0.1, help="largest global gradient norm")
     group.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=1)
     group.add_argument("--device", default="auto", metavar="auto|cpu|cuda[:i]")
@@ -204,10 +182,10 @@ def _add_evaluation_flags(group) -> None:
     )
 
 
-def _add_output_flags(group, host: str) -> None:
+def _add_output_flags(group, host: Host) -> None:
     """Where results go, and what is done with those that are there."""
     group.add_argument("--save_dir", default="./saved_results")
-    group.add_argument("--save_name", help=f"default {host} and the setting, with -FP for stage 0 and -CLB2 for stage 2")
+    group.add_argument("--save_name", help=f"default {host.name} and the setting, with -FP for stage 0 and -CLB2 for stage 2")
     group.add_argument("--resume", action="store_true", help="skip finished categories, go on from last.pth")
     group.add_argument("--overwrite", action="store_true", help="delete what an earlier run left in this run folder")
     group.add_argument("--save_every", type=number(int, 1), default=500, metavar="ITERATIONS", help="between two last.pth")

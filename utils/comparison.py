@@ -9,6 +9,7 @@ from common.errors import UserError
 from datasets.catalog import LAYOUTS
 from utils.comparison_merge import merge_runs
 from utils.comparison_pairs import but_for_seed, float_of, shared_name
+from utils.hosts import HOSTS
 from utils.metrics import column_names
 from utils.published import SETTINGS
 from utils.result_files import DamagedResults, Row
@@ -34,6 +35,10 @@ class Group:
     @property
     def stage(self) -> int:
         return self.parts[0].run.config["clb_stage"]
+
+    @property
+    def host(self) -> str:
+        return self.parts[0].run.host
 
     @property
     def items(self) -> list[str]:
@@ -79,7 +84,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Section:
-    """All that belongs into one table of the paper: one setting on one data set, ordered by stage."""
+    """All that belongs into one table of the paper: one setting on one data set, ordered by host and stage."""
 
     setting: str
     dataset: str
@@ -91,8 +96,15 @@ class Section:
 
     @property
     def labelled_groups(self) -> list[tuple[str, Group]]:
-        """Each row of our results with what it is called: its name, with its folder where two have the same."""
-        names = [group.name for group in self.groups]
+        """Each row of our results with what it is called: its name, with its host and folder where it takes them to tell.
+
+        The host is named beside runs of another host, unless the name says it; the folder where two have the same name.
+        """
+        several_hosts = len({group.host for group in self.groups}) > 1
+        names = [
+            f"{group.name} ({group.host})" if several_hosts and group.host.lower() not in group.name.lower() else group.name
+            for group in self.groups
+        ]
         labels = [
             name if names.count(name) == 1 else f"{name} [{group.parts[0].run.folders[0]}]"
             for name, group in zip(names, self.groups, strict=True)
@@ -163,7 +175,7 @@ def _sections(runs: list[Run]) -> tuple[Section, ...]:
 
 
 def _groups(parts: list[Part]) -> tuple[Group, ...]:
-    """Runs that differ only in seed together, in the order of stages; equal seeds are repetitions, kept apart."""
+    """Runs that differ only in seed together, in the order of hosts and stages; equal seeds are repetitions, kept apart."""
     groups: list[list[Part]] = []
     for part in parts:
         for group in groups:
@@ -176,7 +188,7 @@ def _groups(parts: list[Part]) -> tuple[Group, ...]:
     for group in groups:
         group.sort(key=lambda part: part.run.config["seed"])
     made = [Group(tuple(group), tuple(float_of(part, parts) for part in group)) for group in groups]
-    return tuple(sorted(made, key=lambda group: group.stage))
+    return tuple(sorted(made, key=lambda group: (list(HOSTS).index(group.host), group.stage)))
 
 
 def _shared(parts: Sequence[Part]) -> list[str]:

@@ -16,7 +16,7 @@ _FIRST = ("setting", "dataset", "kind", "name", "stage", "seeds", "n", "item", "
 _COST_NAMES = ("bytes", "size ratio", "MACs", "MAC ratio")
 _COSTS = tuple(f"{scope} {name}" for scope in SCOPES for name in _COST_NAMES)
 _LAST = (
-    "pixel_error", "compared categories", "float run", *_COSTS, "milliseconds", "encoder", "input_size", "crop_size",
+    "pixel_error", "compared categories", "float run", *_COSTS, "milliseconds", "network", "encoder", "input_size", "crop_size",
     "realiad_json", "source",
 )  # fmt: skip
 _TEXTS = ("dataset", "name", "item", "float run", "realiad_json", "source")  # may begin with a formula sign
@@ -88,6 +88,7 @@ def _line(group: Group, metrics: Sequence[str], item: str, items: Sequence[str],
         "compared categories": str(len(compared)),
         "float run": " ".join(other.run.name for _, other in group.pairs),
         "milliseconds": f"{run.timing['milliseconds']:.2f}" if run.timing else "",
+        "network": run.network,
         "encoder": config["encoder"],
         "input_size": str(config["input_size"]),
         "crop_size": str(config["crop_size"]),

@@ -7,13 +7,18 @@ from utils.report import points_at_most
 
 FEWER_MARK = "†"
 _PAPERS_SPLIT = ListingOptions().realiad_json
+# what the authors' published pixel metrics come from, where it is not what ours do
+_PUBLISHED_PROTOCOLS = {
+    "INP-Former": "P-AP and P-F1 of masks > 0",
+    "Dinomaly": "pixel metrics of masks > 0, AUPRO of 200 thresholds (biased low)",
+}
 
 
 def result_notes(section: Section, others: list[PublishedRow]) -> list[str]:
     """How to read the table, what its means leave out, and what is not comparable; `others` are its published rows."""
     notes = [
         "Percent. Kind: published by authors, reproduced by a reader with the authors' code, ours. In brackets: difference to "
-        "the float run of the same data, batch, precision, seed, encoder, sizes and protocol, over the categories of both."
+        "the float run of the same network, data, batch, precision, seed, encoder, sizes and protocol, over categories of both."
     ]
     if any(len(group.items) < len(group.parts[0].expected) for group in section.groups):
         notes.append(f"{FEWER_MARK} Mean over fewer categories than the full data set: not comparable with means over all.")
@@ -25,7 +30,7 @@ def result_notes(section: Section, others: list[PublishedRow]) -> list[str]:
     ]
     if names:
         notes.append(f"Left out of a mean where a category does not define it: {', '.join(names)}.")
-    notes += pixel_error_notes(section)
+    notes += [*pixel_error_notes(section), *_mask_notes(section)]
     return [*notes, *_setup_notes(section, others), *_split_notes(section)] if others else notes
 
 
@@ -43,13 +48,29 @@ def pixel_error_notes(section: Section) -> list[str]:
     return notes
 
 
+def _mask_notes(section: Section) -> list[str]:
+    """Which of our rows take which pixels for defective, if they differ in it."""
+    labels: dict[float, list[str]] = {}
+    for label, group in section.labelled_groups:
+        labels.setdefault(group.parts[0].run.config["mask_threshold"], []).append(label)
+    if len(labels) == 1:
+        return []
+    rules = "; ".join(f"mask > {threshold:g}: {', '.join(labels[threshold])}" for threshold in sorted(labels))
+    return [f"Pixel metrics are not comparable between rows that count other pixels as defect: {rules}."]
+
+
 def _setup_notes(section: Section, others: list[PublishedRow]) -> list[str]:
     """What the published rows were measured with, and which of our runs have another encoder or other sizes."""
     setups = [(row.encoder, row.input_size, row.crop_size) for row in others if row.encoder and row.input_size]
     if not setups:
         return []
     encoder, size, crop = setups[0]  # the file begins with the paper's own rows; larger and smaller networks say so
-    notes = [f"Published: {encoder} at {size}/{crop} px unless the name says otherwise; INP-Former's P-AP and P-F1: masks > 0."]
+    protocols = [
+        f"{method}: {protocol}"
+        for method, protocol in _PUBLISHED_PROTOCOLS.items()
+        if any(row.kind == "published" and row.method.split(",")[0] == method for row in others)
+    ]
+    notes = [f"{'; '.join([f'Published: {encoder} at {size}/{crop} px unless the name says otherwise', *protocols])}."]
     for label, group in section.labelled_groups:
         config = group.parts[0].run.config
         ours = (config["encoder"], str(config["input_size"]), str(config["crop_size"]))

@@ -3,13 +3,14 @@
 import re
 from collections.abc import Sequence
 
+from utils.hosts import HOSTS
 from utils.run_results import Part, Run, folder_name
 from utils.settings import IDENTITY_KEYS, PROTOCOL_KEYS
 
-# what a run shares with the float run that it is compared with, beside its training data
+# what a run shares with the float run that it is compared with, beside its network and its training data
 _FLOAT_KEYS = (
     "setting", "dataset", "realiad_json", "skip_bad_images", "shot", "per_category", "seed", "encoder", "pos_embed",
-    "input_size", "crop_size", "INP_num", "precision", *PROTOCOL_KEYS,
+    "input_size", "crop_size", "precision", *PROTOCOL_KEYS,
 )  # fmt: skip
 _REFERENCES = ("load_checkpoint", "distill_teacher", "test_checkpoint")  # names of other runs, which carry their seed
 
@@ -37,22 +38,26 @@ def _without_seed(name: str, seed: int) -> str:
 
 
 def float_of(part: Part, parts: Sequence[Part]) -> Part | None:
-    """The stage-0 run that a binary run compares with: same data, batch, seed, sizes and the like, and best also as long."""
+    """The stage-0 run that a binary run compares with: same network, data, batch, seed, sizes and the like.
+
+    Of several the best is as long, and then trained with the same flags of its host.
+    """
     config = part.run.config
     if config["clb_stage"] == 0:
         return None
     wanted = _compared_by(part.run)
     candidates = [other for other in parts if other.run.config["clb_stage"] == 0 and _compared_by(other.run) == wanted]
 
-    def equally_long(other: Part) -> bool:
-        return all(other.run.config.get(key) == config.get(key) for key in ("total_iters", "total_epochs"))
+    def likeness(other: Part) -> list[bool]:
+        lengths, training = ("total_iters", "total_epochs"), HOSTS[part.run.host].training_flags
+        return [all(other.run.config.get(key) == config.get(key) for key in keys) for keys in (lengths, training)]
 
-    return max(candidates, key=equally_long, default=None)
+    return max(candidates, key=likeness, default=None)
 
 
 def _compared_by(run: Run) -> dict:
     shared = {key: run.config.get(key) for key in _FLOAT_KEYS}
-    return {**shared, **run.training_data, "weights": run.weights, "measured": _measured(run)}
+    return {**shared, **run.training_data, "network": run.network, "weights": run.weights, "measured": _measured(run)}
 
 
 def _measured(run: Run) -> tuple[str, ...]:

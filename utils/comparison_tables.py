@@ -95,7 +95,7 @@ def category_table(section: Section, published: Published) -> Table:
 
 def provenance_table(runs: Sequence[Run]) -> Table:
     """Where our numbers come from."""
-    rows = [("run", "folder", "commit", "date", "device", "encoder", "weights", "input/crop", "seed", "training")]
+    rows = [("run", "folder", "commit", "date", "device", "network", "encoder", "weights", "input/crop", "seed", "training")]
     for run in runs:
         config = run.config
         length = f"{config['total_iters']} iterations" if config.get("total_iters") else f"{config['total_epochs']} epochs"
@@ -107,6 +107,7 @@ def provenance_table(runs: Sequence[Run]) -> Table:
                     str(environment.get("commit") or "unknown"),
                     str(environment.get("date", "not stored")),
                     str(environment.get("device", "unknown")),
+                    run.network,
                     config["encoder"],
                     str(environment.get("encoder_source", "unknown")),
                     f"{config['input_size']}/{config['crop_size']}",

@@ -1,8 +1,6 @@
 """Put a detector together: host network, stage, and the weights it starts from."""
 
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -10,29 +8,19 @@ import torch
 from binarize.linear import BinarizationOptions
 from binarize.stages import binarize
 from common.errors import UserError
-from models.build import build_encoder, build_inp_former
+from models.build import build_encoder
 from models.detector import Detector
 from models.encoder import FrozenEncoder
 from utils.categories import ModelData
 from utils.checkpoint import load_checkpoint
+from utils.hosts import HOSTS, Host
 from utils.settings import ModelOptions, Settings
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Host:
-    """A host network: the name its checkpoints carry, and (encoder, prototype count) -> fresh float detector."""
-
-    name: str
-    build: Callable[[FrozenEncoder, int], Detector]
-
-
-INP_FORMER = Host("INP-Former", build_inp_former)
-HOSTS = {host.name: host for host in (INP_FORMER,)}
-
 # What a checkpoint and the command that reads it must agree on: the network, the data it is for, and once binary, the bits.
-_NETWORK_KEYS = ("host", "encoder", "encoder_sha256", "pos_embed", "input_size", "crop_size", "INP_num")
+_NETWORK_KEYS = ("host", "encoder", "encoder_sha256", "pos_embed", "input_size", "crop_size")
 _DATA_KEYS = ("dataset", "item", "items", "chosen_files")
 _BINARY_KEYS = ("act_bits", "sab", "weight_gradient", "activation_gradient")
 
@@ -62,7 +50,7 @@ def checkpoint_path(settings: Settings, reference: str, model: ModelData) -> Pat
     if not path.is_file():
         raise UserError(
             f"no model for {reference!r}: neither a file of that name nor {str(path)!r} exists; train that stage first "
-            "with the same data set, encoder, sizes and INP_num"
+            "with the same data set, encoder, sizes and network flags"
         )
     return path
 
@@ -79,7 +67,7 @@ def open_checkpoint(path: Path, expected: dict, stages: tuple[int, ...], purpose
         raise UserError(
             f"wrong stage: {purpose} needs a model of CLB stage {wanted}, {str(path)!r} is of stage {content['stage']}"
         )
-    keys = _NETWORK_KEYS + (_DATA_KEYS if same_data else ())
+    keys = _NETWORK_KEYS + HOSTS[expected["host"]].network_flags + (_DATA_KEYS if same_data else ())
     keys += _BINARY_KEYS if content["stage"] > 0 and expected["stage"] > 0 else ()
     found, wanted = ({**description_["config"], **description_} for description_ in (content, expected))
     differing = [key for key in keys if key in wanted and found.get(key) != wanted[key]]
@@ -97,7 +85,7 @@ def open_checkpoint(path: Path, expected: dict, stages: tuple[int, ...], purpose
 def restore_detector(content: dict, path: Path, encoder: FrozenEncoder, host: Host) -> Detector:
     """The detector of a checkpoint, at its own stage."""
     config = content["config"]
-    detector = host.build(encoder, config["INP_num"])
+    detector = host.build(encoder, config)
     options = BinarizationOptions(*(config[key] for key in ("act_bits", "sab", "weight_gradient", "activation_gradient")))
     binarize(detector, content["stage"], options)
     state = {name.removeprefix("module.").removeprefix("_orig_mod."): value for name, value in content["model"].items()}
@@ -131,13 +119,14 @@ def start_detector(settings: Settings, model: ModelData, encoder: FrozenEncoder,
     """A detector ready to be trained at the wanted stage: fresh, or from the stage before; with its teacher, if any."""
     options, expected = settings.model, description(settings, model, encoder, host.name)
     if options.load_checkpoint is None:
-        detector = host.build(encoder, options.prototype_count)
+        detector = host.build(encoder, settings.config)
     else:
         path = checkpoint_path(settings, options.load_checkpoint, model)
         content = open_checkpoint(path, expected, (options.stage - 1,), f"--clb_stage {options.stage}")
         detector = restore_detector(content, path, encoder, host)
         logger.info("%s: starts from %s (stage %d)", model.name, path, content["stage"])
     binarize(detector, options.stage, options.binarization)
+    host.prepare_training(detector, settings.config)
     detector.to(device)
     if options.distillation_weight:
         path = checkpoint_path(settings, _teacher_reference(options), model)

@@ -14,9 +14,10 @@ from common.errors import NumericError, UserError
 from models.detector import Detector
 from models.encoder import FrozenEncoder
 from utils.categories import CategoryData, ModelData
-from utils.detectors import Host, description, restore_detector
+from utils.detectors import description, restore_detector
 from utils.distributed import is_main, on_main, world_size
 from utils.evaluation import measure
+from utils.hosts import Host
 from utils.prepared_data import Places, plan_features
 from utils.report import write_cost
 from utils.results import report_category, scale_of_unknown
@@ -64,7 +65,7 @@ def log_start(experiment: Experiment) -> None:
 def plan(experiment: Experiment) -> Places:
     """As `plan_features`, for all models of the command."""
     settings = experiment.settings
-    detector = experiment.host.build(experiment.encoder, settings.model.prototype_count).to(experiment.device)
+    detector = experiment.host.build(experiment.encoder, settings.config).to(experiment.device)
     return plan_features(settings, experiment.models, detector)
 
 

@@ -16,7 +16,7 @@ from binarize.stages import binarize
 from common.errors import UserError
 from models.build import ENCODERS, build_encoder, build_encoder_without_weights
 from models.detector import Detector
-from utils.detectors import HOSTS
+from utils.hosts import HOSTS
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +24,7 @@ ENCODER_PRECISIONS = ("fp32", "bf16", "int8")
 TRAINED_PRECISIONS = ("fp32", "fp16", "int8")
 _BINARY_KEYS = ("act_bits", "sab", "weight_gradient", "activation_gradient")
 # of a training's configuration: what determines the network; the rest may name files of the machine that trained it
-_NETWORK_KEYS = ("pos_embed", "input_size", "crop_size", "INP_num", *_BINARY_KEYS)
+_NETWORK_KEYS = ("pos_embed", "input_size", "crop_size", *_BINARY_KEYS)
 _FLOAT_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.float16}
 
 
@@ -134,7 +134,7 @@ def describe(detector: Detector, content: dict, threshold: dict, transform: dict
             "taps": encoder.taps,
             "heads": ENCODERS[encoder.name].num_heads,
         },
-        "config": {key: content["config"][key] for key in _NETWORK_KEYS},
+        "config": {key: content["config"][key] for key in (*_NETWORK_KEYS, *HOSTS[content["host"]].network_flags)},
         "preprocessing": transform,
         "protocol": content["protocol"],
         "calibration": {key: content["calibration"][key] for key in ("map_median", "map_limit")},
@@ -173,7 +173,7 @@ def _skeleton(description: dict, options: PackingOptions, encoder_weights: str |
         encoder = build_encoder_without_weights(
             named["name"], config["crop_size"], named["source"], named["sha256"], named["published_parameters"]
         )
-        detector = HOSTS[description["host"]].build(encoder, config["INP_num"])
+        detector = HOSTS[description["host"]].build(encoder, config)
         binarize(detector, description["stage"], BinarizationOptions(*(config[key] for key in _BINARY_KEYS)))
     if options.encoder_reference:
         detector.encoder = build_encoder(named["name"], config["crop_size"], encoder_weights, config["pos_embed"])

@@ -2,11 +2,11 @@
 
 from models.build import build_encoder
 from utils.categories import all_items, list_data, models_of
-from utils.detectors import Host
 from utils.devices import choose_device
 from utils.distributed import is_main
 from utils.evaluation_phase import evaluation_phase, zero_shot_phase
 from utils.experiment import Experiment
+from utils.hosts import Host
 from utils.report import format_results
 from utils.run_folder import RunFolder
 from utils.settings import Settings

@@ -117,6 +117,7 @@ def _identity(settings: Settings, detector: Detector) -> dict:
     return {
         "encoder_sha256": detector.encoder.weights_sha256,
         "taps": detector.encoder.taps,
+        **detector.feature_identity(),
         "pos_embed": settings.model.position_embedding,
         "precision": settings.training.precision,
     }

@@ -41,11 +41,12 @@ NOT_A_RUN = ("run.lock", "log.txt", "failures.csv")
 
 
 def run_folder_name(
-    save_name: str, dataset: str | None, encoder: str, input_size: int, crop_size: int, prototype_count: int
+    save_name: str, dataset: str | None, encoder: str, input_size: int, crop_size: int, prototype_count: int | None
 ) -> str:
-    """`<save_name>_dataset=..._Encoder=..._Resize=..._Crop=..._INP_num=...`, the papers' naming; None: no data set in it."""
+    """`<save_name>_dataset=..._Encoder=..._Resize=..._Crop=..._INP_num=...`, the paper's naming, without what is None."""
     data = "" if dataset is None else f"_dataset={dataset}"
-    return f"{save_name}{data}_Encoder={encoder}_Resize={input_size}_Crop={crop_size}_INP_num={prototype_count}"
+    prototypes = "" if prototype_count is None else f"_INP_num={prototype_count}"
+    return f"{save_name}{data}_Encoder={encoder}_Resize={input_size}_Crop={crop_size}{prototypes}"
 
 
 def resolved_paths(paths: list[str] | str | None) -> list[Path]:

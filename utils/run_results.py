@@ -11,6 +11,7 @@ from binarize.cost import Cost
 from common.errors import UserError
 from datasets.catalog import LAYOUTS
 from utils.arguments import base_parser, parse
+from utils.hosts import HOSTS, INP_FORMER
 from utils.protocol import EvaluationOptions
 from utils.report import read_cost
 from utils.result_files import Row
@@ -47,6 +48,18 @@ class Run:
     @property
     def datasets(self) -> list[str]:
         return self.config["dataset"].split("+")
+
+    @property
+    def host(self) -> str:
+        """Name of the host network."""
+        return self.config["host"]
+
+    @property
+    def network(self) -> str:
+        """What stands on the encoder: the host, with those flags of its network that are not as its authors have them."""
+        flags, usual = HOSTS[self.host].network_flags, _defaults(self.host)
+        changed = (f"{flag} {self.config[flag]}" for flag in flags if self.config[flag] != usual[flag])
+        return ", ".join([self.host, *changed])
 
     @property
     def items(self) -> list[str]:
@@ -125,6 +138,9 @@ def load_run(folder: Path) -> Run:
     config = RunFolder(folder).stored_config()
     if config is None or "clb_stage" not in config:
         raise UserError(f"{str(folder)!r} is no run folder (no config.yaml of a training); give folders that a training wrote")
+    host = config.get("host", INP_FORMER.name)  # older runs do not store it
+    if host not in HOSTS:
+        raise UserError(f"{str(folder)!r} is a run of {host!r}; known hosts are {' '.join(HOSTS)}, leave that folder out")
     training = training_folder(folder)
     suffix = "" if training == folder else f"/{folder.name}"
     try:
@@ -140,7 +156,7 @@ def load_run(folder: Path) -> Run:
     return Run(
         name=config["save_name"] + suffix,
         folders=(folder,),
-        config={**_defaults(), **config},
+        config={**_defaults(host), **config},
         environments=(environment,),
         rows=run.rows(),
         pixel_errors=run.pixel_errors(),
@@ -151,9 +167,9 @@ def load_run(folder: Path) -> Run:
 
 
 @cache
-def _defaults() -> dict:
-    """Of the flags that determine a run, for configurations that are older than a flag."""
-    defaults = vars(parse(base_parser("", "", ["single"]), []))
+def _defaults(host: str) -> dict:
+    """Of the flags that determine a run of a host, for configurations that are older than a flag."""
+    defaults = vars(parse(base_parser("", HOSTS[host], ["single"]), []))
     return {key: defaults[key] for key in (*IDENTITY_KEYS, *PROTOCOL_KEYS) if key in defaults}
 
 

@@ -24,8 +24,8 @@ from utils.timing import describe_machine, interleaved_medians
 logger = logging.getLogger(__name__)
 
 _PHOTO_SIDE = 900
-# of a training's configuration: what a network's time depends on; its values do not matter
-_NETWORK_KEYS = ("encoder", "input_size", "crop_size", "INP_num", "clb_stage", "act_bits", "sab")
+# of a training's configuration: what a model's time depends on, beside its host's flags; its values do not matter
+_NETWORK_KEYS = ("clb_stage", "encoder", "input_size", "crop_size", "act_bits", "sab")
 
 
 def measure_runs(folders: Sequence[Path], encoder_weights: str | None, repeats: int) -> None:
@@ -39,12 +39,12 @@ def measure_runs(folders: Sequence[Path], encoder_weights: str | None, repeats: 
         if _model_file(folder) is None:
             logger.warning("%s has no trained model yet and is not timed", folder)
             continue
-        config = load_run(folder).config
-        networks.setdefault(tuple(config[key] for key in _NETWORK_KEYS), []).append(folder)
+        run = load_run(folder)
+        networks.setdefault((*(run.config[key] for key in _NETWORK_KEYS), run.network), []).append(folder)
     if not networks:
         raise UserError("--measure: none of the runs has a trained model; train at least one")
     models = {network: _model_file(same[0]) for network, same in networks.items()}
-    engines = {network: "torch float32" if network[4] == 0 else "1-bit engine, int8 encoder" for network in networks}
+    engines = {network: "torch float32" if network[0] == 0 else "1-bit engine, int8 encoder" for network in networks}
     with torch.inference_mode(), _one_thread():
         calls = {network: _photo_to_map(path, encoder_weights) for network, path in models.items()}
         seconds = interleaved_medians(calls, repeats)

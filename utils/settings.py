@@ -9,23 +9,24 @@ from common.errors import UserError
 from datasets.catalog import ListingOptions
 from models.build import check_sizes
 from utils.arguments import listing_options
+from utils.hosts import HOSTS
 from utils.optim import warmup_length
 from utils.protocol import EvaluationOptions
 from utils.run_folder import check_plain_name, resolved_paths, run_folder_name
 from utils.training import TrainingOptions, iterations_of
 
 # what a command does with a run, not what the run is
-_NOT_STORED = ("config", "host", "quiet", "debug", "phase", "resume", "overwrite", "force_gate")
+_NOT_STORED = ("config", "quiet", "debug", "phase", "resume", "overwrite", "force_gate")
 STAGE_SUFFIXES = {0: "-FP", 1: "", 2: "-CLB2"}
 _SETTING_NAMES = {"single": "Single-Class", "multi": "Multi-Class", "few": "Few-Shot"}
 _LOG_EVERY = 10
 # A run folder and its checkpoints belong to one choice of these.
 IDENTITY_KEYS = (
-    "setting", "dataset", "realiad_json", "shot", "per_category",
-    "encoder", "pos_embed", "input_size", "crop_size", "INP_num", "clb_stage", "load_checkpoint", "act_bits", "sab",
+    "host", "setting", "dataset", "realiad_json", "shot", "per_category",
+    "encoder", "pos_embed", "input_size", "crop_size", "clb_stage", "load_checkpoint", "act_bits", "sab",
     "weight_gradient", "activation_gradient", "distill", "distill_teacher", "total_epochs", "total_iters", "batch_size",
-    "learning_rate", "final_learning_rate", "warmup_iters", "weight_decay", "gradient_clip", "precision", "seed",
-    "skip_bad_images",
+    "learning_rate", "final_learning_rate", "warmup_iters", "weight_decay", "adam_eps", "gradient_clip", "precision", "seed",
+    "skip_bad_images", *(flag for host in HOSTS.values() for flag in (*host.network_flags, *host.training_flags)),
 )  # fmt: skip
 PROTOCOL_KEYS = (
     "mask_threshold",
@@ -69,7 +70,6 @@ class ModelOptions:
     encoder: str
     encoder_weights: str | None
     position_embedding: str
-    prototype_count: int
     stage: int
     binarization: BinarizationOptions
     load_checkpoint: str | None
@@ -121,15 +121,16 @@ class Settings:
 
     def _run_folder_name(self, save_name: str, dataset: str | None) -> str:
         data, model = self.data, self.model
-        return run_folder_name(save_name, dataset, model.encoder, data.input_size, data.crop_size, model.prototype_count)
+        prototypes = self.config.get("INP_num")
+        return run_folder_name(save_name, dataset, model.encoder, data.input_size, data.crop_size, prototypes)
 
     def training_for(self, item: str, image_count: int) -> TrainingOptions:
         """Training options with the iterations of this category's image count filled in."""
         epochs, iterations = self.config["total_epochs"], self.config["total_iters"]
         if not image_count:
             raise UserError(f"{item} has no usable training image left; run `python -m scripts.check_dataset` to see why")
-        per_epochs = iterations_of(epochs, image_count, self.training.batch_size, item)
-        total = iterations or per_epochs
+        per_epoch = iterations_of(1, image_count, self.training.batch_size, item)
+        total = iterations or epochs * per_epoch
         warmup = warmup_length(total) if self.config["warmup_iters"] is None else self.config["warmup_iters"]
         return replace(self.training, total_iterations=total, warmup=warmup)
 
@@ -152,6 +153,7 @@ def changed_protocol(stored: dict, settings: Settings) -> list[str]:
 
 def settings_of(arguments: argparse.Namespace) -> Settings:
     """Check flags against each other and sort them into dataclasses; raises UserError for a combination that cannot work."""
+    arguments = _completed(arguments)
     config = {key: value for key, value in vars(arguments).items() if key not in _NOT_STORED}
     config["save_name"] = check_plain_name(arguments.save_name or default_save_name(arguments), "--save_name")
     check_sizes(arguments.encoder, arguments.input_size, arguments.crop_size)
@@ -181,6 +183,13 @@ def settings_of(arguments: argparse.Namespace) -> Settings:
     )
 
 
+def _completed(arguments: argparse.Namespace) -> argparse.Namespace:
+    """The command with the flags that it leaves open as its host has them for this setting and data set."""
+    chosen = HOSTS[arguments.host].choose_defaults(arguments)
+    open_flags = {name: value for name, value in chosen.items() if getattr(arguments, name) is None}
+    return argparse.Namespace(**{**vars(arguments), **open_flags})
+
+
 def _data_options(arguments: argparse.Namespace) -> DataOptions:
     return DataOptions(
         dataset=arguments.dataset,
@@ -201,7 +210,6 @@ def _model_options(arguments: argparse.Namespace) -> ModelOptions:
         encoder=arguments.encoder,
         encoder_weights=arguments.encoder_weights,
         position_embedding=arguments.pos_embed,
-        prototype_count=arguments.INP_num,
         stage=arguments.clb_stage,
         binarization=BinarizationOptions(
             arguments.act_bits, arguments.sab, arguments.weight_gradient, arguments.activation_gradient
@@ -221,6 +229,7 @@ def _training_options(arguments: argparse.Namespace) -> TrainingOptions:
         peak_rate=arguments.learning_rate,
         final_rate=arguments.final_learning_rate,
         weight_decay=arguments.weight_decay,
+        adam_eps=arguments.adam_eps,
         gradient_clip=arguments.gradient_clip,
         seed=arguments.seed,
         precision=arguments.precision,
@@ -247,6 +256,11 @@ def _check_combinations(arguments: argparse.Namespace) -> None:
     if arguments.smoothing_kernel and arguments.smoothing_kernel % 2 == 0:
         raise UserError(
             f"--smoothing_kernel {arguments.smoothing_kernel} is even; use {arguments.smoothing_kernel + 1}, or 0 for none"
+        )
+    if getattr(arguments, "decoder_attention", None) == "linear" and arguments.sab != "off":
+        raise UserError(
+            f"--sab {arguments.sab} binarizes attention maps and linear attention has none; leave it out, or give "
+            "--decoder_attention softmax"
         )
     if arguments.resume and arguments.overwrite:
         raise UserError("--resume continues a run and --overwrite deletes it; give one of them")

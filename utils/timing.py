@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from binarize.kernels import operations
+from binarize.kernels.engine import describe_path
 
 _TOLD_FLAGS = ("avx2", "avx512f", "avx512_vpopcntdq", "avx512_vnni", "avx512_bf16", "avx_vnni", "amx_int8", "asimd", "asimddp")
 
@@ -37,7 +37,7 @@ def describe_machine() -> list[str]:
     return [
         f"CPU: {_cpu_name()}, {platform.machine()}, flags: {' '.join(_cpu_flags()) or 'unknown'}",
         f"torch {torch.__version__} ({torch.backends.cpu.get_cpu_capability()}), {threads} thread(s), medians of {clock}",
-        f"1-bit layers: {operations.describe_path()}",
+        f"1-bit layers: {describe_path()}",
     ]
 
 

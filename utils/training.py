@@ -17,7 +17,7 @@ from binarize.stages import attention_gates, parameter_groups
 from common.errors import Interrupted, NumericError, ResourceError, UserError
 from models.detector import Detector
 from utils.checkpoint import load_checkpoint, save_checkpoint
-from utils.devices import autocast, random_state, restore_random_state
+from utils.devices import autocast
 from utils.distributed import is_main, joined, on_main, peers_expected, rank, world_size
 from utils.loading import loaded_batches
 from utils.optim import StableAdamW, learning_rate
@@ -37,6 +37,7 @@ class TrainingOptions:
     peak_rate: float
     final_rate: float
     weight_decay: float
+    adam_eps: float
     gradient_clip: float
     seed: int
     precision: str
@@ -112,7 +113,7 @@ def fit(
         NumericError: the loss or the gradient is not finite; the last checkpoint is kept.
         PeerLost: another process ended.
     """
-    optimizer = StableAdamW(parameter_groups(detector, options.weight_decay), lr=options.peak_rate)
+    optimizer = StableAdamW(parameter_groups(detector, options.weight_decay), lr=options.peak_rate, eps=options.adam_eps)
     last = folder / "last.pth"
     start = _restore(last, detector, optimizer, identity) if resume and last.is_file() else 0
     on_main(lambda: log.truncate(start))
@@ -129,6 +130,8 @@ def fit(
             rate = learning_rate(iteration, options.total_iterations, options.warmup, options.peak_rate, options.final_rate)
             for group in optimizer.param_groups:
                 group["lr"] = rate
+            detector.begin_iteration(iteration, options.total_iterations)
+            torch.manual_seed(_noise_seed(options.seed, iteration))
             optimizer.zero_grad(set_to_none=True)
             loss, parts = _backward(model, batch["image"].to(device), options)
             norm = torch.nn.utils.clip_grad_norm_(list(detector.trainable_parameters()), options.gradient_clip).item()
@@ -152,6 +155,11 @@ def fit(
         _, stopped = stop.agree(torch.empty(0))
     if stopped:
         raise Interrupted(stopped)
+
+
+def _noise_seed(seed: int, iteration: int) -> int:
+    """Of dropout: it depends on nothing else, so a training resumes in the middle, and processes draw differently."""
+    return (seed * 1_000_003 + iteration) * world_size() + rank()
 
 
 class _TrainingLoss(nn.Module):
@@ -209,7 +217,6 @@ def save_training_state(path: Path, detector: Detector, optimizer: StableAdamW, 
             "model": detector.trained_state(),
             "optimizer": optimizer.state_dict(),
             "iteration": iteration,
-            "random_state": random_state(),
             "processes": world_size(),
             **identity,
         },
@@ -233,6 +240,5 @@ def _restore(path: Path, detector: Detector, optimizer: StableAdamW, identity: d
             )
     detector.load_trained_state(content["model"])
     optimizer.load_state_dict(content["optimizer"])
-    restore_random_state(content["random_state"])
     logger.info("resumed from %s at iteration %d", path, content["iteration"])
     return content["iteration"]

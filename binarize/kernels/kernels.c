@@ -1,4 +1,4 @@
-/* 1-bit linear algebra: pack floats into bits, multiply bit matrices, attend to prototypes.
+/* 1-bit linear algebra: pack floats into bits, multiply bit matrices, attend.
  *
  * Bits of a row: word w of 32, bit j (LSB first) is column 32 w + j; 1 means +1, 0 means -1. A row has an even number of
  * words, unused bits are 0. A product of two rows of k signs is k - 2 popcount(a xor b).
@@ -6,7 +6,7 @@
  * vector belong to neighbouring output columns and no horizontal sum is needed.
  *
  * Every exported function takes the path first (see `binaryad_best_isa`) and the number of threads second. Arrays are dense
- * and row-major, and are not checked: the caller (binarize/kernels/operations.py) does that.
+ * and row-major, and are not checked: the callers (operations.py and int8_operations.py) do that.
  */
 #include <float.h>
 #include <math.h>
@@ -32,12 +32,13 @@ enum {
     PANEL = 32,                  /* output columns side by side */
     ROW_BLOCK = 32,              /* rows that one thread takes at a time */
     WORDS_PER_BYTE_COUNTER = 31, /* a byte counter grows by at most 8 per word */
-    ATTENTION_ROWS = 16,
+    ATTENTION_ROWS = 16,         /* tokens that attention takes at a time */
     MOST_PROTOTYPES = 64
 };
 
 #define SMALLEST_SCALE 1e-6f /* as in binarize/attention.py */
 #define SMALLEST_NORM 1e-12f /* as in torch.nn.functional.normalize */
+#define LINEAR_ATTENTION_EPS 1e-8f /* as in models/layers.py */
 
 INLINE int64_t words_of(int64_t k) { return 2 * ((k + 63) / 64); }
 
@@ -67,6 +68,16 @@ typedef struct {
     const float *share;           /* (heads): a map entry is binary 1 from share * row maximum on; null: no binary part */
     const float *slope, *middle;  /* (heads): gate = sigmoid(slope (row maximum / |head scale| - middle)); null: gate 1 */
 } Attention;
+
+/* Everything of one layer of linear attention. */
+typedef struct {
+    int64_t tokens, heads, d;
+    const float *projected;   /* (images * tokens, 3 * heads * d): queries, keys, values */
+    float *summaries;         /* (images, heads, d + 1, d): sums over the tokens of phi(key) value^T, then of phi(key) */
+    const float *threshold;   /* (heads * d), for bits */
+    uint32_t *bits;           /* the output's bits, or null */
+    float *out;               /* else (images * tokens, heads * d) */
+} LinearAttention;
 
 /* ------------------------------------------------------------------ one path per instruction set -------------------- */
 
@@ -141,6 +152,8 @@ typedef struct {
                                  uint32_t *);
     void (*multiply)(const Product *, const uint32_t *, const uint32_t *, int64_t, int64_t);
     void (*attend_blocks)(const Attention *, const float *, int64_t, int64_t, const float *, uint32_t *);
+    void (*summarise)(const LinearAttention *, int64_t);
+    void (*attend_linear_blocks)(const LinearAttention *, int64_t, int64_t);
     void (*quantize_rows)(const float *, int64_t, int64_t, int64_t, uint8_t *, float *);
     void (*layer_norm_quantize_rows)(const float *, int64_t, int64_t, int64_t, const float *, const float *, float, uint8_t *,
                                      float *);
@@ -151,6 +164,7 @@ typedef struct {
 
 #define PATH_OF(suffix)                                                                                     \
     {pack_rows_##suffix,     layer_norm_pack_rows_##suffix,     multiply_##suffix,           attend_blocks_##suffix, \
+     summarise_##suffix,     attend_linear_blocks_##suffix,                                                          \
      quantize_rows_##suffix, layer_norm_quantize_rows_##suffix, gelu_quantize_rows_##suffix, rescale_rows_##suffix}
 static const Path PATHS[ISA_COUNT] = {
     [ISA_SCALAR] = PATH_OF(scalar),
@@ -257,6 +271,18 @@ void binaryad_prototype_attention(int isa, int threads, const float *query, int6
                          projected + width, 2 * width,  head_scale, share, slope, middle};
     const int64_t count = images * ((tokens + ATTENTION_ROWS - 1) / ATTENTION_ROWS);
     FOR_BLOCKS(count, 2, PATHS[isa].attend_blocks(&a, query, first, last, threshold, bits))
+}
+
+/* projected (images * tokens, 3 * heads * d): queries, keys, values -> linear attention, (images * tokens, heads * d): floats
+ * `out` if `threshold` is null, else bits at `threshold` (heads * d). At most 4096 channels (2 x 16 rows live on the stack).
+ * `summaries` is scratch of images * heads * (d + 1) * d floats.
+ */
+void binaryad_linear_attention(int isa, int threads, const float *projected, int64_t images, int64_t tokens, int64_t heads,
+                               int64_t d, float *summaries, const float *threshold, uint32_t *bits, float *out) {
+    const LinearAttention a = {tokens, heads, d, projected, summaries, threshold, bits, out};
+    { FOR_BLOCKS(images * heads, 1, PATHS[isa].summarise(&a, first); (void)last) }
+    const int64_t count = images * ((tokens + ATTENTION_ROWS - 1) / ATTENTION_ROWS);
+    FOR_BLOCKS(count, 1, PATHS[isa].attend_linear_blocks(&a, first, last))
 }
 
 /* ------------------------------------------------------------------ between 8-bit products -------------------------- */

@@ -4,6 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from models import layers
+from models.layers import merge_heads, split_heads
+
 _SMALLEST_SCALE = 1e-6
 
 
@@ -90,6 +93,13 @@ def prototype_attention(
             gate = torch.sigmoid(slope.reshape(heads, 1, 1) * (relative - middle.reshape(heads, 1, 1)))
         entries = (1 - gate) * entries + gate * row_scale * chosen
     return pack((entries @ values).transpose(1, 2).flatten(2).flatten(0, 1), threshold)
+
+
+def linear_attention(projected: Tensor, tokens: int, heads: int, threshold: Tensor | None) -> Tensor:
+    """Linear attention of queries, keys and values (B * tokens, 3C) -> (B * tokens, C), or its bits at `threshold`."""
+    parts = projected.unflatten(0, (len(projected) // tokens, tokens)).chunk(3, dim=-1)
+    attended = merge_heads(layers.linear_attention(*(split_heads(part, heads) for part in parts))).flatten(0, 1)
+    return attended if threshold is None else pack(attended, threshold)
 
 
 def quantize(x: Tensor) -> tuple[Tensor, Tensor]:

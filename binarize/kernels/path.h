@@ -70,6 +70,15 @@ INLINE V NAME(exponential)(V x) {
     return p * (V)((__builtin_convertvector(whole, I) + 127) << 23);
 }
 
+INLINE float NAME(dot)(const float *a, const float *b, int64_t count) {
+    V products = {0};
+    int64_t j = 0;
+    for (; j + LANES <= count; j += LANES) products += NAME(load)(a + j) * NAME(load)(b + j);
+    float total = NAME(sum)(products);
+    for (; j < count; ++j) total += a[j] * b[j];
+    return total;
+}
+
 /* Mean and 1 / sqrt(variance + eps) of one row. */
 INLINE void NAME(row_moments)(const float *row, int64_t k, float eps, float *mean, float *inverse_deviation) {
     V parts[4] = {{0}, {0}, {0}, {0}}; /* four, so that no addition waits for the one before */
@@ -402,15 +411,6 @@ INLINE void NAME(compare_with_keys)(const Attention *a, const float *queries, in
     }
 }
 
-INLINE float NAME(norm)(const float *values, int64_t count) {
-    V squares = {0};
-    int64_t j = 0;
-    for (; j + LANES <= count; j += LANES) squares += NAME(load)(values + j) * NAME(load)(values + j);
-    float total = NAME(sum)(squares);
-    for (; j < count; ++j) total += values[j] * values[j];
-    return sqrtf(total);
-}
-
 /* Up to ATTENTION_ROWS tokens of one image, all heads; out (count, heads * d). */
 INLINE void NAME(attend_rows)(const Attention *a, const float *query, int64_t image, int64_t count, float *out) {
     const int64_t width = a->heads * a->d;
@@ -419,7 +419,10 @@ INLINE void NAME(attend_rows)(const Attention *a, const float *query, int64_t im
         const float *keys = a->keys + (image * a->heads + head) * a->d * a->padded;
         const float *values = a->values + image * a->prototypes * a->value_stride + head * a->d;
         const float *queries = query + head * a->d;
-        for (int64_t row = 0; row < count; ++row) norms[row] = NAME(norm)(queries + row * width, a->d);
+        for (int64_t row = 0; row < count; ++row) {
+            const float *row_query = queries + row * width;
+            norms[row] = sqrtf(NAME(dot)(row_query, row_query, a->d));
+        }
         for (int64_t row = 0; row < count; row += 4)
             NAME(compare_with_keys)(a, queries, width, row, count, keys, map);
         for (int row = 0; row < ATTENTION_ROWS; row += LANES) {
@@ -457,6 +460,8 @@ static void NAME(attend_blocks)(const Attention *a, const float *query, int64_t 
             NAME(pack_row)(out + r * width, width, threshold, bits + (row + r) * words_of(width));
     }
 }
+
+#include "linear_attention.h"
 
 #include "int8.h"
 

@@ -1,0 +1,121 @@
+"""The host networks: how each is built, which flags are its own, and what its authors train it with."""
+
+import argparse
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+
+from models.build import build_dinomaly, build_inp_former
+from models.detector import Detector
+from models.dinomaly import ATTENTIONS, MINING_WARMUP, DinomalyOptions, DinomalyTraining
+from models.encoder import FrozenEncoder
+from utils.converters import number
+
+Config = Mapping[str, object]  # flags by name
+
+
+@dataclass(frozen=True)
+class Host:
+    """A network that becomes binary.
+
+    Attributes:
+        name: what checkpoints, run folders and tables call it.
+        network_flags: flags of its own that its network depends on, by name.
+        training_flags: flags of its own that only its training depends on.
+        add_flags: adds both to an argument group.
+        defaults: of shared flags, where the host has its own.
+        choose_defaults: command -> values of flags that it leaves open (None) and that depend on setting and data set.
+        build: encoder and a config with the network flags -> fresh float detector.
+        prepare_training: give a detector the training flags of a config.
+    """
+
+    name: str
+    network_flags: tuple[str, ...]
+    training_flags: tuple[str, ...]
+    add_flags: Callable[[argparse._ArgumentGroup], None]
+    defaults: Config
+    choose_defaults: Callable[[argparse.Namespace], Config]
+    build: Callable[[FrozenEncoder, Config], Detector]
+    prepare_training: Callable[[Detector, Config], None]
+
+
+def _add_inp_former_flags(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--INP_num", type=number(int, 1), default=6, help="intrinsic normal prototypes per image")
+
+
+INP_FORMER = Host(
+    name="INP-Former",
+    network_flags=("INP_num",),
+    training_flags=(),
+    add_flags=_add_inp_former_flags,
+    defaults={},
+    choose_defaults=lambda arguments: {},
+    build=lambda encoder, config: build_inp_former(encoder, config["INP_num"]),
+    prepare_training=lambda detector, config: None,
+)
+
+
+def _add_dinomaly_flags(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--decoder_attention", choices=list(ATTENTIONS), default="linear")
+    group.add_argument(
+        "--groups", type=int, choices=[1, 2], default=2, help="means of layers that are compared: of all, or lower and upper"
+    )
+    group.add_argument(
+        "--remove_class_token",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="keep class and register tokens out of the decoder",
+    )
+    group.add_argument(
+        "--recentre",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="rebuild patches relative to the class token (Dinomaly2)",
+    )
+    group.add_argument(
+        "--bottleneck_dropout", type=number(float, 0, 1), help="default 0.2, with several categories of Real-IAD 0.4"
+    )
+    group.add_argument("--mining_final", type=number(float, 0, 1), default=0.9, help="share of tokens that become easy")
+    group.add_argument(
+        "--mining_warmup",
+        type=number(int, 0),
+        help=f"iterations until then; default {MINING_WARMUP}, at most a fifth of the run",
+    )
+    group.add_argument("--mining_factor", type=number(float, 0, 1), default=0.1, help="on the gradient of easy tokens")
+
+
+def _choose_dinomaly_defaults(arguments: argparse.Namespace) -> Config:
+    """The numbers of the authors' seven scripts; few-shot, which they have not, as the setting with as many models."""
+    of_one = arguments.setting == "single" or (arguments.setting == "few" and arguments.per_category)
+    real_iad = "Real-IAD" in arguments.dataset.split("+")
+    iterations = 5_000 if of_one else 50_000 if real_iad else 10_000
+    return {
+        "total_iters": None if arguments.total_epochs else iterations,
+        "bottleneck_dropout": 0.4 if real_iad and not of_one else 0.2,
+        "adam_eps": 1e-8 if of_one and not real_iad else 1e-10,
+        "sab": "mixed" if arguments.decoder_attention == "softmax" else "off",
+    }
+
+
+def _fields_of(kind: type, config: Config) -> dict[str, object]:
+    return {field.name: config[field.name] for field in fields(kind)}
+
+
+DINOMALY = Host(
+    name="Dinomaly",
+    network_flags=tuple(field.name for field in fields(DinomalyOptions)),
+    training_flags=tuple(field.name for field in fields(DinomalyTraining)),
+    add_flags=_add_dinomaly_flags,
+    defaults={
+        "total_epochs": None,
+        "learning_rate": 2e-3,
+        "final_learning_rate": 2e-4,
+        "adam_eps": None,
+        "sab": None,
+        "mask_threshold": 0.0,
+    },
+    choose_defaults=_choose_dinomaly_defaults,
+    build=lambda encoder, config: build_dinomaly(encoder, DinomalyOptions(**_fields_of(DinomalyOptions, config))),
+    prepare_training=lambda detector, config: detector.train_with(DinomalyTraining(**_fields_of(DinomalyTraining, config))),
+)
+
+HOSTS = {host.name: host for host in (INP_FORMER, DINOMALY)}
