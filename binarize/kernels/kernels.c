@@ -36,8 +36,8 @@ enum {
     MOST_PROTOTYPES = 64
 };
 
-#define SMALLEST_SCALE 1e-6f /* as in binarize/attention.py */
-#define SMALLEST_NORM 1e-12f /* as in torch.nn.functional.normalize */
+#define SMALLEST_SCALE 1e-6f       /* as in binarize/attention.py */
+#define SMALLEST_NORM 1e-12f       /* as in torch.nn.functional.normalize */
 #define LINEAR_ATTENTION_EPS 1e-8f /* as in models/layers.py */
 
 INLINE int64_t words_of(int64_t k) { return 2 * ((k + 63) / 64); }
@@ -72,11 +72,11 @@ typedef struct {
 /* Everything of one layer of linear attention. */
 typedef struct {
     int64_t tokens, heads, d;
-    const float *projected;   /* (images * tokens, 3 * heads * d): queries, keys, values */
-    float *summaries;         /* (images, heads, d + 1, d): sums over the tokens of phi(key) value^T, then of phi(key) */
-    const float *threshold;   /* (heads * d), for bits */
-    uint32_t *bits;           /* the output's bits, or null */
-    float *out;               /* else (images * tokens, heads * d) */
+    const float *projected; /* (images * tokens, 3 * heads * d): queries, keys, values */
+    float *summaries;       /* (images, heads, d + 1, d): sums over the tokens of phi(key) value^T, then of phi(key) */
+    const float *threshold; /* (heads * d), for bits */
+    uint32_t *bits;         /* the output's bits, or null */
+    float *out;             /* else (images * tokens, heads * d) */
 } LinearAttention;
 
 /* ------------------------------------------------------------------ one path per instruction set -------------------- */
@@ -162,7 +162,7 @@ typedef struct {
                          float *);
 } Path;
 
-#define PATH_OF(suffix)                                                                                     \
+#define PATH_OF(suffix)                                                                                              \
     {pack_rows_##suffix,     layer_norm_pack_rows_##suffix,     multiply_##suffix,           attend_blocks_##suffix, \
      summarise_##suffix,     attend_linear_blocks_##suffix,                                                          \
      quantize_rows_##suffix, layer_norm_quantize_rows_##suffix, gelu_quantize_rows_##suffix, rescale_rows_##suffix}

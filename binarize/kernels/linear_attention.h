@@ -1,5 +1,5 @@
-/* Linear attention: out = phi(q)^T S / (phi(q) . z + eps) with S = sum phi(k) v^T and z = sum phi(k) over an image's tokens.
- * Part of path.h, so compiled once per instruction set.
+/* Linear attention, part of path.h: out = phi(q)^T S / (phi(q) . z + eps), S = sum phi(k) v^T and z = sum phi(k) over the
+ * tokens of one image, phi(u) = e^min(u, 0) + relu(u). One task sums a head of an image alone, so that threads change nothing.
  */
 
 /* sums that stay in registers: rows by vectors */
@@ -17,7 +17,7 @@ typedef struct {
     int64_t out_stride;
 } NAME(Sum);
 
-/* phi(u) = e^min(u, 0) + relu(u). */
+/* phi; of NaN it is NaN. */
 INLINE V NAME(positive)(V u) { return NAME(choose)(u > 0, u + 1.0f, NAME(exponential)(u)); }
 
 INLINE void NAME(positive_row)(const float *row, int64_t count, float *out) {
@@ -27,6 +27,10 @@ INLINE void NAME(positive_row)(const float *row, int64_t count, float *out) {
     float buffer[LANES];
     NAME(store)(buffer, NAME(positive)(NAME(load_part)(row + j, count - j)));
     memcpy(out + j, buffer, (size_t)(count - j) * sizeof(float));
+}
+
+INLINE void NAME(prefetch_row)(const float *row, int64_t count) {
+    for (int64_t j = 0; j < count; j += 16) __builtin_prefetch(row + j);
 }
 
 /* `rows` rows by `vectors` vectors; with both constant the sums stay in registers. */
@@ -81,6 +85,11 @@ static void NAME(summarise)(const LinearAttention *a, int64_t task) {
         const int64_t count = a->tokens - start < ATTENTION_ROWS ? a->tokens - start : ATTENTION_ROWS;
         const float *keys = a->projected + (image * a->tokens + start) * 3 * width + width + head * d;
         for (int64_t row = 0; row < count; ++row) {
+            if (start + row + ATTENTION_ROWS < a->tokens) { /* rows lie too far apart for the processor to guess the next */
+                const float *next = keys + (row + ATTENTION_ROWS) * 3 * width;
+                NAME(prefetch_row)(next, d);
+                NAME(prefetch_row)(next + width, d);
+            }
             NAME(positive_row)(keys + row * 3 * width, d, features + row * d);
             for (int64_t j = 0; j < d; ++j) total[j] += features[row * d + j];
         }

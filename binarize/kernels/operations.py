@@ -132,16 +132,16 @@ def linear_attention(projected: Tensor, tokens: int, heads: int, threshold: Tens
 
     Returns bits of attention - threshold (C) >= 0, (B * tokens, words); without `threshold` the attention (B * tokens, C).
     """
-    fits = projected.ndim == 2 and min(tokens, heads) >= 1 and len(projected) % tokens == 0
-    if not fits or projected.shape[1] % (3 * heads) or not projected.shape[1]:
+    fits = projected.ndim == 2 and projected.shape[1] > 0 and min(tokens, heads) >= 1
+    if not fits or len(projected) % tokens or projected.shape[1] % (3 * heads):
         refuse(f"queries, keys and values are not for {tokens} tokens and {heads} heads", projected)
-    width, images = projected.shape[1] // 3, len(projected) // tokens
+    width = projected.shape[1] // 3
     if threshold is not None and threshold.shape != (width,):
         refuse(f"threshold is not for {width} channels", threshold)
     c = for_c(projected)
     if c is None or width > MOST_CHANNELS:
         return oracle.linear_attention(projected, tokens, heads, threshold)
-    d = width // heads
+    images, d = len(projected) // tokens, width // heads
     summaries = projected.new_empty(images * heads * (d + 1) * d)
     out = _attended_like(projected, threshold)
     bits, floats = (None, out) if threshold is None else (out, None)
