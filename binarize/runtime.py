@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from binarize.kernels import operations, oracle
+from binarize.kernels import block_operations, operations, oracle
 from binarize.linear import BinaryLinear
 from models.detector import Detector
 from models.layers import (
@@ -49,6 +49,11 @@ class PackedLinear(nn.Module):
         """Lay the weights out as the kernels read them."""
         self._panels = oracle.panels_of(words_of_bytes(self.bits, self.in_features))
 
+    @property
+    def operands(self) -> list[Tensor]:
+        """What the kernels need: panels, scale, bias."""
+        return [self._panels, self.scale, self.bias]
+
     def forward(self, bits: Tensor, residual: Tensor | None = None) -> Tensor:
         """Bits (rows, words) -> (rows, out), plus the residual."""
         return operations.linear(bits, self._panels, self.in_features, self.scale, self.bias, residual)
@@ -73,6 +78,11 @@ class FoldedLinear(nn.Module):
         self._panels = None
 
     prepare = PackedLinear.prepare
+
+    @property
+    def operands(self) -> list[Tensor]:
+        """What the kernels need: panels, low, span."""
+        return [self._panels, self.low, self.span]
 
     def forward(self, bits: Tensor) -> Tensor:
         """Bits (rows, words) -> bits (rows, words of out)."""
@@ -116,7 +126,34 @@ class WeightOnlyLinear(nn.Module):
         return F.linear(inputs, self._weight, self.bias)
 
 
-class PackedPrototypeBlock(nn.Module):
+class PackedBlock(nn.Module):
+    """What packed decoder blocks share: `norm2`, the packed `proj`, and `mlp`, packed or not.
+
+    With `fused` several layers are one operator; without, every packed layer is called, with the same result, so that hooks
+    see its bits.
+    """
+
+    norm2: nn.LayerNorm
+    proj: PackedLinear
+    mlp: nn.Module
+    fused = True
+
+    def after_attention(self, bits: Tensor, residual: Tensor | None) -> Tensor:
+        """Bits of the attention (rows, words) -> x = proj (+ residual), then x + MLP of its norm, (rows, C)."""
+        norm, mlp = self.norm2, self.mlp
+        if not isinstance(mlp, PackedMlp):
+            x = self.proj(bits, residual)
+            return x + mlp(norm(x))
+        if self.fused:
+            affine = [norm.weight, norm.bias, mlp.fc1.threshold]
+            return block_operations.project_and_transform(
+                bits, self.proj.operands, residual, affine, norm.eps, mlp.fc1.operands, mlp.fc2.operands
+            )
+        x = self.proj(bits, residual)
+        return mlp(_normed_bits(x, norm, mlp.fc1.threshold), x)
+
+
+class PackedPrototypeBlock(PackedBlock):
     """INP-Former's decoder block on bits: the norm, the threshold and the packing before each layer are one pass."""
 
     def __init__(self, block: PrototypeDecoderBlock):
@@ -138,11 +175,11 @@ class PackedPrototypeBlock(nn.Module):
         query = self.q(_normed_bits(tokens, self.norm1, self.q.threshold)).view_as(tokens)
         projected = self.kv(_normed_bits(prototypes, self.norm1, self.kv.threshold)).unflatten(0, prototypes.shape[:2])
         gates = (self.head_scale, self.share, self.gate_slope, self.gate_middle)
-        attended = self.proj(operations.prototype_attention(query, projected, *gates, self.proj.threshold))
-        return _through_mlp(attended, self.norm2, self.mlp).view_as(tokens)
+        bits = operations.prototype_attention(query, projected, *gates, self.proj.threshold)
+        return self.after_attention(bits, None).view_as(tokens)
 
 
-class PackedDecoderBlock(nn.Module):
+class PackedDecoderBlock(PackedBlock):
     """Dinomaly's decoder block on bits; linear attention is one pass, softmax attention plain torch."""
 
     def __init__(self, block: DecoderBlock):
@@ -159,13 +196,18 @@ class PackedDecoderBlock(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Tokens (B, N, C) -> (B, N, C)."""
-        projected = self.qkv(_normed_bits(tokens, self.norm1, self.qkv.threshold))
+        bits = self._attended_bits(_normed_bits(tokens, self.norm1, self.qkv.threshold), tokens.shape[:2])
+        return self.after_attention(bits, tokens.flatten(0, 1)).view_as(tokens)
+
+    def _attended_bits(self, bits: Tensor, shape: torch.Size) -> Tensor:
+        """Bits of the normed tokens of `shape` (B, N) -> bits of the attention."""
+        sizes = (shape[1], self.num_heads, self.proj.threshold)
+        if self.is_linear and self.fused:
+            return block_operations.project_and_attend(bits, *self.qkv.operands, *sizes)
+        projected = self.qkv(bits)
         if self.is_linear:
-            bits = operations.linear_attention(projected, tokens.shape[1], self.num_heads, self.proj.threshold)
-        else:
-            bits = operations.pack(self._softmax_attention(projected.unflatten(0, tokens.shape[:2])), self.proj.threshold)
-        attended = self.proj(bits, tokens.reshape(projected.shape[0], -1))
-        return _through_mlp(attended, self.norm2, self.mlp).view_as(tokens)
+            return operations.linear_attention(projected, *sizes)
+        return operations.pack(self._softmax_attention(projected.unflatten(0, shape)), self.proj.threshold)
 
     def _softmax_attention(self, projected: Tensor) -> Tensor:
         """Projections (B, N, 3C) -> (B * N, C), as `BinarySoftmaxAttention`."""
@@ -205,13 +247,6 @@ class PackedMlp(nn.Module):
 
 def _packed_mlp(mlp: Mlp) -> nn.Module:
     return PackedMlp(mlp) if isinstance(mlp.fc1, BinaryLinear) else mlp
-
-
-def _through_mlp(x: Tensor, norm: nn.LayerNorm, mlp: nn.Module) -> Tensor:
-    """x (rows, C) + MLP of its norm."""
-    if isinstance(mlp, PackedMlp):
-        return mlp(_normed_bits(x, norm, mlp.fc1.threshold), x)
-    return x + mlp(norm(x))
 
 
 def _normed_bits(tokens: Tensor, norm: nn.LayerNorm, threshold: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from utils import train_phase
 
 ITERATIONS = 10
 TRAIN, TEST, PATCHES, CHANNELS = 8, 4, 16, 32
-ROUNDING = 1e-3  # relative difference of a loss through features of 11 bits; found: at most 3e-5
+ROUNDING = 3e-4  # relative difference of a loss by features of 11 bits; found: at most 6e-5
 
 DISK = ("--cache_features", "disk")
 OTHER_OPTIONS = [
@@ -68,7 +68,6 @@ def test_cached_and_uncached_trainings_agree_in_every_iteration(learn, monkeypat
     monkeypatch.setattr(utils.training, "_noise_seed", lambda seed, iteration: original(seed + 1, iteration))
     other_noise = learn("dinomaly-noise", *flags, "--cache_features", "ram")
     rounding, noise = (abs(found / uncached - 1) for found in (cached, other_noise))
-    print(rounding, noise)
     assert 0 < rounding.max() < ROUNDING
     assert noise.min() > 3 * rounding.max()
     assert noise.max() > 10 * ROUNDING

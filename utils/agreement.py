@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from binarize.kernels import oracle
 from binarize.linear import BinaryLinear
 from binarize.runtime import FoldedLinear, PackedLinear
+from common.errors import NumericError
 from models.detector import Detector
 from utils.packed_model import PackingOptions, pack_detector
 
@@ -42,7 +43,12 @@ def compare_on_bits(detector: Detector, features: Tensor) -> Agreement:
     """Run a trained binary detector and its packed form, all float parts in float32, on features; count what differs."""
     packed = packed_copy(detector, PackingOptions("fp32", "fp32"))
     trained_bits, trained_map = _recorded(detector.eval(), features, BinaryLinear, _decisions)
-    packed_bits, packed_map = _recorded(packed, features, (PackedLinear, FoldedLinear), _unpacked)
+    packed_map = packed.anomaly_map(features)
+    for block in packed.decoder:
+        block.fused = False  # the same numbers, but every layer is seen
+    packed_bits, map_by_layers = _recorded(packed, features, (PackedLinear, FoldedLinear), _unpacked)
+    if not torch.equal(packed_map, map_by_layers):
+        raise NumericError("the fused kernels and the single ones disagree; please report this, with the CPU's name")
     pairs = list(zip(trained_bits, packed_bits, strict=True))
     return Agreement(
         sum(one.numel() for one, _ in pairs),

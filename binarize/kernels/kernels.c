@@ -72,12 +72,28 @@ typedef struct {
 /* Everything of one layer of linear attention. */
 typedef struct {
     int64_t tokens, heads, d;
-    const float *projected; /* (images * tokens, 3 * heads * d): queries, keys, values */
+    const float *projected; /* (images * tokens, 3 * heads * d): queries, keys, values; or null, then */
+    const uint32_t *input, *panels; /* the bits of the input and the binary layer that projects them a few rows at a time; */
+    const float *scale, *bias;      /* d must be a multiple of PANEL */
     float *summaries;       /* (images, heads, d + 1, d): sums over the tokens of phi(key) value^T, then of phi(key) */
     const float *threshold; /* (heads * d), for bits */
     uint32_t *bits;         /* the output's bits, or null */
     float *out;             /* else (images * tokens, heads * d) */
 } LinearAttention;
+
+/* A decoder block from the bits of its attention on; `residual` (rows, width) may be null, `out` is (rows, width). */
+typedef struct {
+    int64_t width, hidden;
+    const uint32_t *bits, *proj_panels;
+    const float *proj_scale, *proj_bias, *residual;
+    const float *norm_weight, *norm_bias, *threshold;
+    float eps;
+    const uint32_t *fc1_panels;
+    const int32_t *low, *span;
+    const uint32_t *fc2_panels;
+    const float *fc2_scale, *fc2_bias;
+    float *out;
+} BlockTail;
 
 /* ------------------------------------------------------------------ one path per instruction set -------------------- */
 
@@ -154,6 +170,7 @@ typedef struct {
     void (*attend_blocks)(const Attention *, const float *, int64_t, int64_t, const float *, uint32_t *);
     void (*summarise)(const LinearAttention *, int64_t);
     void (*attend_linear_blocks)(const LinearAttention *, int64_t, int64_t);
+    void (*project_and_transform)(const BlockTail *, int64_t, int64_t);
     void (*quantize_rows)(const float *, int64_t, int64_t, int64_t, uint8_t *, float *);
     void (*layer_norm_quantize_rows)(const float *, int64_t, int64_t, int64_t, const float *, const float *, float, uint8_t *,
                                      float *);
@@ -164,7 +181,7 @@ typedef struct {
 
 #define PATH_OF(suffix)                                                                                              \
     {pack_rows_##suffix,     layer_norm_pack_rows_##suffix,     multiply_##suffix,           attend_blocks_##suffix, \
-     summarise_##suffix,     attend_linear_blocks_##suffix,                                                          \
+     summarise_##suffix,     attend_linear_blocks_##suffix, project_and_transform_##suffix,                                                          \
      quantize_rows_##suffix, layer_norm_quantize_rows_##suffix, gelu_quantize_rows_##suffix, rescale_rows_##suffix}
 static const Path PATHS[ISA_COUNT] = {
     [ISA_SCALAR] = PATH_OF(scalar),
@@ -273,16 +290,44 @@ void binaryad_prototype_attention(int isa, int threads, const float *query, int6
     FOR_BLOCKS(count, 2, PATHS[isa].attend_blocks(&a, query, first, last, threshold, bits))
 }
 
+static void attend_linear(int isa, int threads, const LinearAttention *a, int64_t images) {
+    { FOR_BLOCKS(images * a->heads, 1, PATHS[isa].summarise(a, first); (void)last) }
+    const int64_t count = images * ((a->tokens + ATTENTION_ROWS - 1) / ATTENTION_ROWS);
+    FOR_BLOCKS(count, 1, PATHS[isa].attend_linear_blocks(a, first, last))
+}
+
 /* projected (images * tokens, 3 * heads * d): queries, keys, values -> linear attention, (images * tokens, heads * d): floats
  * `out` if `threshold` is null, else bits at `threshold` (heads * d). At most 4096 channels (2 x 16 rows live on the stack).
  * `summaries` is scratch of images * heads * (d + 1) * d floats.
  */
 void binaryad_linear_attention(int isa, int threads, const float *projected, int64_t images, int64_t tokens, int64_t heads,
                                int64_t d, float *summaries, const float *threshold, uint32_t *bits, float *out) {
-    const LinearAttention a = {tokens, heads, d, projected, summaries, threshold, bits, out};
-    { FOR_BLOCKS(images * heads, 1, PATHS[isa].summarise(&a, first); (void)last) }
-    const int64_t count = images * ((tokens + ATTENTION_ROWS - 1) / ATTENTION_ROWS);
-    FOR_BLOCKS(count, 1, PATHS[isa].attend_linear_blocks(&a, first, last))
+    const LinearAttention a = {tokens, heads, d, projected, 0, 0, 0, 0, summaries, threshold, bits, out};
+    attend_linear(isa, threads, &a, images);
+}
+
+/* Bits of linear attention, whose queries, keys and values a binary layer makes from the bits of the input (images * tokens,
+ * heads * d), as `binaryad_linear` followed by `binaryad_linear_attention`. d must be a multiple of 32.
+ */
+void binaryad_project_and_attend(int isa, int threads, const uint32_t *input, const uint32_t *panels, const float *scale,
+                                 const float *bias, int64_t images, int64_t tokens, int64_t heads, int64_t d,
+                                 float *summaries, const float *threshold, uint32_t *bits) {
+    const LinearAttention a = {tokens, heads, d, 0, input, panels, scale, bias, summaries, threshold, bits, 0};
+    attend_linear(isa, threads, &a, images);
+}
+
+/* Bits of the attention (rows, width) -> x = scale (width - 2 mismatches) + bias (+ residual), then x + fc2(fc1(bits of layer
+ * norm of x)) as `binaryad_linear`, `binaryad_layer_norm_pack` and `binaryad_linear_to_bits` compute them, into out (rows, width).
+ */
+void binaryad_project_and_transform(int isa, int threads, const uint32_t *bits, int64_t rows, int64_t width, int64_t hidden,
+                                    const uint32_t *proj_panels, const float *proj_scale, const float *proj_bias,
+                                    const float *residual, const float *norm_weight, const float *norm_bias, float eps,
+                                    const float *threshold, const uint32_t *fc1_panels, const int32_t *low,
+                                    const int32_t *span, const uint32_t *fc2_panels, const float *fc2_scale,
+                                    const float *fc2_bias, float *out) {
+    const BlockTail tail = {width,     hidden, bits,       proj_panels, proj_scale, proj_bias,  residual,  norm_weight, norm_bias,
+                            threshold, eps,    fc1_panels, low,         span,       fc2_panels, fc2_scale, fc2_bias,    out};
+    FOR_BLOCKS(rows, ROW_BLOCK, PATHS[isa].project_and_transform(&tail, first, last))
 }
 
 /* ------------------------------------------------------------------ between 8-bit products -------------------------- */

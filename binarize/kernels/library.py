@@ -18,7 +18,9 @@ from common.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-SOURCES = [Path(__file__).with_name(name) for name in ("kernels.c", "path.h", "linear_attention.h", "int8.h", "attention.h")]
+SOURCES = [
+    Path(__file__).with_name(name) for name in ("kernels.c", "path.h", "linear_attention.h", "block.h", "int8.h", "attention.h")
+]
 FLAGS = ["-O3", "-std=gnu11", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"]
 _THREAD_FLAGS = ["-fopenmp", "-Wl,--as-needed"]
 # numbers as in kernels.c

@@ -76,30 +76,48 @@ static void NAME(add_product)(const NAME(Sum) *sum) {
         }
 }
 
+/* Columns [column, column + count) of the projections of some rows, (rows, count). */
+INLINE void NAME(project)(const LinearAttention *a, int64_t row, int64_t rows, int64_t column, int64_t count, float *out) {
+    const int64_t width = a->heads * a->d, words = words_of(width);
+    const Product product = {width, count, words, a->scale + column, a->bias + column, 0, out, 0, 0, 0};
+    NAME(multiply)(&product, a->input + row * words, a->panels + column * words, 0, rows);
+}
+
 /* S and z of one head of one image. */
 static void NAME(summarise)(const LinearAttention *a, int64_t task) {
     const int64_t image = task / a->heads, head = task % a->heads, width = a->heads * a->d, d = a->d;
-    float *summary = a->summaries + task * (d + 1) * d, *total = summary + d * d, features[ATTENTION_ROWS * d];
+    const int64_t stride = a->projected ? 3 * width : d, block = ATTENTION_ROWS * d;
+    float *summary = a->summaries + task * (d + 1) * d, *total = summary + d * d, features[block];
+    float buffer[a->projected ? 1 : 2 * block];
     memset(summary, 0, (size_t)((d + 1) * d) * sizeof(float));
     for (int64_t start = 0; start < a->tokens; start += ATTENTION_ROWS) {
         const int64_t count = a->tokens - start < ATTENTION_ROWS ? a->tokens - start : ATTENTION_ROWS;
-        const float *keys = a->projected + (image * a->tokens + start) * 3 * width + width + head * d;
+        const int64_t first = image * a->tokens + start;
+        const float *keys = buffer, *values = buffer + block;
+        if (a->projected) {
+            keys = a->projected + first * stride + width + head * d;
+            values = keys + width;
+        } else {
+            NAME(project)(a, first, count, width + head * d, d, buffer);
+            NAME(project)(a, first, count, 2 * width + head * d, d, buffer + block);
+        }
         for (int64_t row = 0; row < count; ++row) {
-            if (start + row + ATTENTION_ROWS < a->tokens) { /* rows lie too far apart for the processor to guess the next */
-                const float *next = keys + (row + ATTENTION_ROWS) * 3 * width;
+            if (a->projected && start + row + ATTENTION_ROWS < a->tokens) { /* rows lie too far apart for the processor to guess the next */
+                const float *next = keys + (row + ATTENTION_ROWS) * stride;
                 NAME(prefetch_row)(next, d);
                 NAME(prefetch_row)(next + width, d);
             }
-            NAME(positive_row)(keys + row * 3 * width, d, features + row * d);
+            NAME(positive_row)(keys + row * stride, d, features + row * d);
             for (int64_t j = 0; j < d; ++j) total[j] += features[row * d + j];
         }
-        const NAME(Sum) sum = {d, d, count, features, 1, d, keys + width, 3 * width, summary, d};
+        const NAME(Sum) sum = {d, d, count, features, 1, d, values, stride, summary, d};
         NAME(add_product)(&sum);
     }
 }
 
-/* Up to ATTENTION_ROWS tokens of one image from their queries, all heads; out (count, heads * d). */
-INLINE void NAME(read_summaries)(const LinearAttention *a, const float *queries, int64_t image, int64_t count, float *out) {
+/* Up to ATTENTION_ROWS tokens of one image from their queries, `stride` apart, all heads; out (count, heads * d). */
+INLINE void NAME(read_summaries)(const LinearAttention *a, const float *queries, int64_t stride, int64_t image, int64_t count,
+                                 float *out) {
     const int64_t width = a->heads * a->d, d = a->d;
     float features[ATTENTION_ROWS * d];
     memset(out, 0, (size_t)(count * width) * sizeof(float));
@@ -107,7 +125,7 @@ INLINE void NAME(read_summaries)(const LinearAttention *a, const float *queries,
         const float *summary = a->summaries + (image * a->heads + head) * (d + 1) * d;
         for (int64_t row = 0; row < count; ++row) {
             float *feature = features + row * d;
-            NAME(positive_row)(queries + row * 3 * width + head * d, d, feature);
+            NAME(positive_row)(queries + row * stride + head * d, d, feature);
             const float inverse = 1.0f / (NAME(dot)(feature, summary + d * d, d) + LINEAR_ATTENTION_EPS);
             for (int64_t j = 0; j < d; ++j) feature[j] *= inverse;
         }
@@ -119,13 +137,15 @@ INLINE void NAME(read_summaries)(const LinearAttention *a, const float *queries,
 /* Blocks of ATTENTION_ROWS tokens never cross an image. */
 static void NAME(attend_linear_blocks)(const LinearAttention *a, int64_t first, int64_t last) {
     const int64_t width = a->heads * a->d, per_image = (a->tokens + ATTENTION_ROWS - 1) / ATTENTION_ROWS;
-    float buffer[a->out ? 1 : ATTENTION_ROWS * width];
+    float buffer[a->out ? 1 : ATTENTION_ROWS * width], queries[a->projected ? 1 : ATTENTION_ROWS * width];
     for (int64_t block = first; block < last; ++block) {
         const int64_t image = block / per_image, start = block % per_image * ATTENTION_ROWS;
         const int64_t count = a->tokens - start < ATTENTION_ROWS ? a->tokens - start : ATTENTION_ROWS;
         const int64_t row = image * a->tokens + start;
         float *out = a->out ? a->out + row * width : buffer;
-        NAME(read_summaries)(a, a->projected + row * 3 * width, image, count, out);
+        if (!a->projected) NAME(project)(a, row, count, 0, width, queries);
+        NAME(read_summaries)(a, a->projected ? a->projected + row * 3 * width : queries, a->projected ? 3 * width : width, image,
+                             count, out);
         for (int64_t r = 0; a->bits && r < count; ++r)
             NAME(pack_row)(out + r * width, width, a->threshold, a->bits + (row + r) * words_of(width));
     }

@@ -54,7 +54,7 @@ def _(x: Tensor, weight: Tensor, bias: Tensor, eps: float, threshold: Tensor) ->
 @torch.library.custom_op("binaryad::linear", mutates_args=())
 def linear(bits: Tensor, panels: Tensor, in_features: int, scale: Tensor, bias: Tensor, residual: Tensor | None) -> Tensor:
     """scale * (signs of bits @ signs of weights) + bias (+ residual (rows, out)), (rows, out) float32."""
-    _check_product(bits, panels, in_features, scale, bias)
+    check_product(bits, panels, in_features, scale, bias)
     shape = (len(bits), len(scale))
     if residual is not None and residual.shape != shape:
         refuse(f"residual is not {shape}", residual)
@@ -75,7 +75,7 @@ def _(bits: Tensor, panels: Tensor, in_features: int, scale: Tensor, bias: Tenso
 @torch.library.custom_op("binaryad::linear_to_bits", mutates_args=())
 def linear_to_bits(bits: Tensor, panels: Tensor, in_features: int, low: Tensor, span: Tensor) -> Tensor:
     """Bits that are 0 where low (out) <= mismatches <= low + span (out), else 1: what follows the product is folded in."""
-    _check_product(bits, panels, in_features, low, span)
+    check_product(bits, panels, in_features, low, span)
     c = for_c(bits)
     if c is None:
         return oracle.linear_to_bits(bits, panels, in_features, low, span)
@@ -161,7 +161,8 @@ def _attended_like(projected: Tensor, threshold: Tensor | None) -> Tensor:
     return projected.new_empty(projected.shape[0], oracle.words_of(width), dtype=torch.int32)
 
 
-def _check_product(bits: Tensor, panels: Tensor, in_features: int, *per_output: Tensor) -> None:
+def check_product(bits: Tensor, panels: Tensor, in_features: int, *per_output: Tensor) -> None:
+    """Raise ValueError unless bits (rows, words) and panels are of so many inputs, panels and the rest of as many outputs."""
     words, outputs = oracle.words_of(in_features), per_output[0].shape[:1]
     fits = bits.shape[1:] == (words,) and panels.shape == (-(-len(per_output[0]) // 32), words, 32)
     if not (fits and all(values.shape == outputs for values in per_output)):

@@ -462,6 +462,7 @@ static void NAME(attend_blocks)(const Attention *a, const float *query, int64_t 
 }
 
 #include "linear_attention.h"
+#include "block.h"
 #include "int8.h"
 
 #undef V
