@@ -65,6 +65,7 @@ _VARIANTS = (
     _grey,
     *(partial(torch.rot90, k=quarters, dims=(1, 2)) for quarters in (1, 2, 3)),
 )
+DEFAULT_SHOT = 4
 VARIANTS_PER_IMAGE = len(_VARIANTS)
 
 

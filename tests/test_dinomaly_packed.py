@@ -99,7 +99,7 @@ def check_maps(packed: Dinomaly, case: Case) -> None:
 
 @pytest.mark.parametrize(("attention", "sab"), ATTENTIONS)
 @pytest.mark.parametrize("stage", [1, 2])
-@pytest.mark.parametrize(("kind", "channels", "prefix"), [("class token", 32, 1), ("registers", 32, 5), ("odd", 39, 1)])
+@pytest.mark.parametrize(("kind", "channels", "prefix"), [("registers", 32, 5), ("odd", 39, 1)])
 def test_packed_network_decides_as_the_trained_one(path, kind, channels, prefix, stage, attention, sab):
     case = case_of(kind, stage, 1, attention, sab)
     packed = packed_copy(case.trained, FLOAT)
@@ -113,7 +113,7 @@ def test_packed_network_decides_as_the_trained_one(path, kind, channels, prefix,
     assert agreement.largest_map_difference < 1e-5
 
 
-@pytest.mark.parametrize(("attention", "sab"), ATTENTIONS)
+@pytest.mark.parametrize(("attention", "sab"), [("linear", "off"), ("softmax", "mixed")])
 @pytest.mark.parametrize("stage", [1, 2])
 def test_network_of_binary_weights_alone(path, stage, attention, sab):
     case = case_of("registers", stage, 32, attention, sab)

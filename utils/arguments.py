@@ -7,6 +7,7 @@ from typing import NoReturn, get_args
 
 from binarize.stages import STAGES
 from datasets.catalog import LAYOUTS, ListingOptions
+from datasets.few_shot import DEFAULT_SHOT
 from datasets.images import DEFAULT_MAX_PIXELS
 from models.build import ENCODERS
 from utils.config_file import config_tokens
@@ -220,7 +221,7 @@ def add_data_arguments(group) -> None:
 
 def add_few_shot_arguments(group) -> None:
     """The flags of the few-shot setting."""
-    group.add_argument("--shot", type=number(int, 1), default=4, metavar="K", help="training images per category")
+    group.add_argument("--shot", type=number(int, 1), default=DEFAULT_SHOT, metavar="K", help="training images per category")
     group.add_argument(
         "--per_category",
         action=argparse.BooleanOptionalAction,

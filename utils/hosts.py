@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 
+from datasets.few_shot import DEFAULT_SHOT
 from models.build import build_dinomaly, build_inp_former
 from models.detector import Detector
 from models.dinomaly import ATTENTIONS, MINING_WARMUP, DinomalyOptions, DinomalyTraining
@@ -92,6 +93,7 @@ def _choose_dinomaly_defaults(arguments: argparse.Namespace) -> Config:
         "total_iters": None if arguments.total_epochs else iterations,
         "bottleneck_dropout": 0.4 if real_iad and not of_one else 0.2,
         "adam_eps": 1e-8 if of_one and not real_iad else 1e-10,
+        "shot": DEFAULT_SHOT if arguments.setting == "few" else None,
         "sab": "mixed" if arguments.decoder_attention == "softmax" else "off",
     }
 
@@ -106,6 +108,7 @@ DINOMALY = Host(
     training_flags=tuple(field.name for field in fields(DinomalyTraining)),
     add_flags=_add_dinomaly_flags,
     defaults={
+        "shot": None,
         "total_epochs": None,
         "learning_rate": 2e-3,
         "final_learning_rate": 2e-4,

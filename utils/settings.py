@@ -257,6 +257,8 @@ def _check_combinations(arguments: argparse.Namespace) -> None:
         raise UserError(
             f"--smoothing_kernel {arguments.smoothing_kernel} is even; use {arguments.smoothing_kernel + 1}, or 0 for none"
         )
+    if arguments.setting != "few" and (getattr(arguments, "shot", None) or getattr(arguments, "per_category", False)):
+        raise UserError(f"--shot and --per_category are for --setting few, not {arguments.setting}; add it, or leave them out")
     if getattr(arguments, "decoder_attention", None) == "linear" and arguments.sab != "off":
         raise UserError(
             f"--sab {arguments.sab} binarizes attention maps and linear attention has none; leave it out, or give "
