@@ -80,7 +80,7 @@ def hard_mining_loss(target: Tensor, reconstruction: Tensor, mined_share: float,
         batch = _of_whole_batch(distance).flatten()
         hard = max(1, int(len(batch) * (1 - mined_share)))
         threshold = batch.kthvalue(len(batch) - hard + 1).values  # the hard-th largest
-        weights = torch.where(distance < threshold, factor, 1.0)
+        weights = torch.ones_like(distance).masked_fill_(distance < threshold, factor)
     return global_cosine_distance(target, scale_gradient(reconstruction, weights.unsqueeze(-1)))
 
 
