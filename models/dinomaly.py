@@ -107,7 +107,7 @@ class Dinomaly(ReconstructionDetector):
         if not self.options.recentre:
             return patches
         class_token = features[..., :1, :]
-        return F.layer_norm(patches - class_token, patches.shape[-1:], eps=LAYER_NORM_EPS)
+        return F.layer_norm(patches - class_token, (self.encoder.embed_dim,), eps=LAYER_NORM_EPS)
 
     def training_loss(self, inputs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean hard mining loss of the groups (+ distillation, if a teacher is set)."""

@@ -47,6 +47,7 @@ def train(folder: Path, kind: str) -> None:
         peak_rate=1e-3,
         final_rate=1e-4,
         weight_decay=1e-4,
+        adam_eps=1e-10,
         gradient_clip=0.1,
         seed=1,
         precision="fp32",

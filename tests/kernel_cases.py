@@ -31,6 +31,8 @@ LINEAR_ROWS, LINEAR_HEAD_WIDTHS = (
     (1, 7, 16, 32, 55, 64),
 )  # images, tokens
 SOFTMAX_TOKENS, SOFTMAX_HEAD_WIDTHS = (1, 2, 15, 16, 17, 33, 100, 789), (32, 64)
+PROJECTED_ROWS, PROJECTED_HEADS = ((0, 5), (3, 1), (2, 17), (1, 261)), ((1, 32), (3, 32), (2, 64), (1, 96))  # of each head
+BLOCK_WIDTHS = ((1, 1), (32, 40), (33, 132), (64, 65), (100, 32), (160, 640))  # channels, hidden channels
 # of five heads: plain, negative, with parallel keys, without a map, with a key of zeros
 HEAD_SCALE, SHARE = [1.3, -0.7, 0.9, 0.0, 1.0], [0.25, 0.5, 0.125, 0.25, 1.0]
 SLOPE, MIDDLE = [4.0, -3.0, 0.5, 4.0, 200.0], [1.0, 0.5, 0.2, 1.0, 0.3]
@@ -38,9 +40,12 @@ NEGATIVE_HEAD, PARALLEL_HEAD, ZERO_KEY_HEAD = 1, 2, 4
 
 EPSILON = 1e-6
 LINEAR_EPSILON = 1e-8
+BLOCK_EPSILON = 0.25  # so much that it turns bits
 FLOAT32_ROUNDING = 2.0**-24
 BFLOAT16_ROUNDING = 2.0**-8
 MOST_UNDECIDED = 0.01
+SMALLEST_GAP = 2e-4
+MOST_INT32 = 2**31 - 1
 SPECIAL = [0.0, -0.0, np.inf, -np.inf, np.nan, 1e-45, -1e-45, 0.25 + 2.0**-25, 0.25 - 2.0**-26]
 
 
@@ -102,6 +107,23 @@ class CKernels:
         out = garbage((rows, width), np.float32) if threshold is None else garbage_words(rows, width)
         bits, floats = (None, out) if threshold is None else (out, None)
         self._run("linear_attention", projected, images, tokens, heads, d, summaries, threshold, bits, floats)
+        return out
+
+    def project_and_attend(self, bits, panels, scale, bias, tokens, heads, threshold):
+        images, width = len(bits) // tokens, len(threshold)
+        d = width // heads
+        summaries = garbage((images * heads * (d + 1) * d,), np.float32)
+        out = garbage_words(len(bits), width)
+        sizes = (images, tokens, heads, d)
+        self._run("project_and_attend", bits, panels, scale, bias, *sizes, summaries, threshold, out)
+        return out
+
+    def project_and_transform(self, bits, proj, residual, norm, eps, fc1, fc2):
+        width, hidden = len(proj[1]), len(fc1[1])
+        out = garbage((len(bits), width), np.float32)
+        weight, bias, threshold = norm
+        layers = (*proj, residual, weight, bias, eps, threshold, *fc1, *fc2)
+        self._run("project_and_transform", bits, len(bits), width, hidden, *layers, out)
         return out
 
     def quantize(self, x):
@@ -308,12 +330,13 @@ def linear_in_place(kernels: CKernels) -> None:
 def intervals(
     kind: np.ndarray, features: int, counts: np.ndarray, random: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(low, span) of one kind per output: empty, full, half lines, inner, and at or just beside a count that occurs."""
+    """(low, span) of one kind per output: empty, full, half lines, inner, at or just beside a count that occurs, enormous."""
     inner = random.integers(0, features + 1, len(kind))
     length = np.minimum(random.integers(0, features // 4 + 1, len(kind)), features - inner)
     empty, full = (features + 1, 0), (0, features)
     near = [(counts, 0), (counts + 1, features), (np.maximum(counts - 1, 0), 0), (0, counts)]
-    kinds = [empty, full, (0, inner), (inner, features - inner), (inner, length), *near]
+    extreme = [(MOST_INT32, 0), (0, MOST_INT32)]
+    kinds = [empty, full, (0, inner), (inner, features - inner), (inner, length), *near, *extreme]
     low, span = (np.choose(kind % len(kinds), [pair[part] for pair in kinds]) for part in (0, 1))
     return low.astype(np.int32), span.astype(np.int32)
 
@@ -336,12 +359,12 @@ def normalised(vectors: np.ndarray) -> np.ndarray:
 
 def by_head(rows: np.ndarray, heads: int) -> np.ndarray:
     """(images, rows, heads * d) -> (images, heads, rows, d) in float64."""
-    return rows.astype(np.float64).reshape(*rows.shape[:2], heads, -1).transpose(0, 2, 1, 3)
+    return rows.astype(np.float64).reshape(*rows.shape[:2], heads, rows.shape[2] // heads).transpose(0, 2, 1, 3)
 
 
 def by_row(heads: np.ndarray) -> np.ndarray:
     """(images, heads, rows, d) -> (images * rows, heads * d)."""
-    return heads.transpose(0, 2, 1, 3).reshape(heads.shape[0] * heads.shape[2], -1)
+    return heads.transpose(0, 2, 1, 3).reshape(heads.shape[0] * heads.shape[2], heads.shape[1] * heads.shape[3])
 
 
 def attention_truth(query, projected, head_scale, share, slope, middle) -> tuple[np.ndarray, np.ndarray]:
@@ -419,11 +442,17 @@ def linear_problem(images: int, tokens: int, heads: int, width: int) -> tuple[np
     projected = normal(random, *shape) * float32(random.choice([0.1, 1, 4], (*shape[:-1], 1)))
     projected[:, :2] += float32(random.choice([0, 0, -20, 6], (shape[0], 2, heads, 1)))
     projected = projected.reshape(len(projected), -1)
-    query, key, value = (by_head(part, heads) for part in np.split(projected.reshape(images, tokens, -1), 3, axis=-1))
+    return projected, *linear_attention_truth(projected, tokens, heads)
+
+
+def linear_attention_truth(projected: np.ndarray, tokens: int, heads: int) -> tuple[np.ndarray, np.ndarray]:
+    """Linear attention (images * tokens, heads * d) in float64, and the same of |values|."""
+    parts = np.split(projected.reshape(-1, tokens, projected.shape[1]), 3, axis=-1)
+    query, key, value = (by_head(part, heads) for part in parts)
     query, key = (np.where(part > 0, part + 1, np.exp(np.minimum(part, 0))) for part in (query, key))
     weights = query @ key.swapaxes(-1, -2)
     weights /= weights.sum(axis=-1, keepdims=True) + LINEAR_EPSILON
-    return projected, by_row(weights @ value), by_row(weights @ np.abs(value))
+    return by_row(weights @ value), by_row(weights @ np.abs(value))
 
 
 def linear_attention(kernels: CKernels) -> None:
@@ -436,6 +465,69 @@ def linear_attention(kernels: CKernels) -> None:
         threshold = float32(np.random.default_rng(width).choice([0, 0.1, -0.3], heads * width))
         bits = kernels.linear_attention(projected, tokens, heads, threshold)
         check_equal(bits, packed(found >= threshold), f"{where}, bits")
+
+
+def threshold_between(values: np.ndarray) -> np.ndarray:
+    """For each column of (rows, k) a threshold near the middle that none of its values is near, (k,) float32."""
+    if not len(values):
+        return np.zeros(values.shape[1], np.float32)
+    ends = [values.min(axis=0, keepdims=True) - 1, values.max(axis=0, keepdims=True) + 1]
+    ordered = np.sort(np.concatenate([values, *ends]), axis=0)
+    gaps = np.diff(ordered, axis=0)
+    from_middle = np.abs(np.arange(len(gaps)) - len(gaps) // 2)[:, None]
+    chosen = np.where(gaps > SMALLEST_GAP, from_middle, len(gaps)).argmin(axis=0)[None]
+    return float32(np.take_along_axis(ordered[:-1] + gaps / 2, chosen, axis=0)[0])
+
+
+def project_and_attend(kernels: CKernels) -> None:
+    """Projections in float64, attention in its quadratic form, and thresholds that no value is near."""
+    for (images, tokens), (heads, d) in itertools.product(PROJECTED_ROWS, PROJECTED_HEADS):
+        where = f"project_and_attend, {images} images, {tokens} tokens, {heads} heads of {d}"
+        rows, width = images * tokens, heads * d
+        bits, panels, product = product_problem(rows, width, 3 * width)
+        random = np.random.default_rng([rows, width])
+        scale, bias = normal(random, 3 * width) / float32(math.sqrt(width)), normal(random, 3 * width)
+        output, _ = linear_attention_truth(product * scale.astype(np.float64) + bias, tokens, heads)
+        threshold = threshold_between(output)
+        found = kernels.project_and_attend(bits, panels, scale, bias, tokens, heads, threshold)
+        check_equal(found, packed(output >= threshold), where)
+
+
+@cache
+def transform_problem(rows: int, width: int, hidden: int, with_residual: bool) -> tuple[list, np.ndarray, np.ndarray]:
+    """Arguments of `project_and_transform`, its output in float64, and how much float32 may be away from it.
+
+    No value of the norm is near its threshold, so that all bits are certain.
+    """
+    random = np.random.default_rng([rows, width, hidden])
+    bits, proj_panels, product = product_problem(rows, width, width)
+    proj_scale, proj_bias = normal(random, width) / float32(math.sqrt(width)), normal(random, width)
+    residual = 2 * normal(random, rows, width) if with_residual else None
+    parts = [product * proj_scale.astype(np.float64), np.broadcast_to(proj_bias, product.shape)]
+    parts += [residual] if with_residual else []
+    x = sum(parts)
+    weight, bias = normal(random, width), normal(random, width)
+    centred = x - x.mean(axis=1, keepdims=True)
+    norm = centred / np.sqrt((centred**2).mean(axis=1, keepdims=True) + BLOCK_EPSILON) * weight + bias
+    threshold = threshold_between(norm)
+    fc1, fc2 = random.random((hidden, width)) < 0.5, random.random((width, hidden)) < 0.5
+    mismatches = ((norm >= threshold)[:, None] != fc1).sum(axis=-1)
+    occurring = mismatches[rows // 2] if rows else np.zeros(hidden, np.int64)
+    low, span = intervals(np.arange(hidden) + width, width, occurring, random)
+    inner = (mismatches < low) | (mismatches > low.astype(np.int64) + span)
+    fc2_scale, fc2_bias = normal(random, width), normal(random, width)
+    parts += [(hidden - 2 * (inner[:, None] != fc2).sum(axis=-1)) * fc2_scale.astype(np.float64), fc2_bias]
+    size = sum(np.abs(part) for part in parts)
+    layers = [[proj_panels, proj_scale, proj_bias], residual, [weight, bias, threshold], BLOCK_EPSILON]
+    layers += [[panels_of(fc1), low, span], [panels_of(fc2), fc2_scale, fc2_bias]]
+    return [bits, *layers], sum(parts), 8 * FLOAT32_ROUNDING * size
+
+
+def project_and_transform(kernels: CKernels) -> None:
+    for rows, widths, with_residual in itertools.product(ROWS, BLOCK_WIDTHS, (False, True)):
+        where = "project_and_transform {} x {}, {} hidden, residual {}".format(rows, *widths, with_residual)
+        arguments, output, bound = transform_problem(rows, *widths, with_residual)
+        check_close(kernels.project_and_transform(*arguments), output, bound, where)
 
 
 def check_quantized(found: tuple[np.ndarray, np.ndarray], values: np.ndarray, error: float, where: str) -> np.ndarray:
@@ -613,6 +705,8 @@ CASES: list[Callable[[CKernels], None]] = [
     linear_to_bits,
     prototype_attention,
     linear_attention,
+    project_and_attend,
+    project_and_transform,
     quantize,
     quantize_halves,
     quantize_extremes,

@@ -12,7 +12,7 @@ from binarize.kernels import engine
 from binarize.kernels.library import PATHS, available_paths, load_library
 from binarize.linear import BinaryLinear
 from binarize.runtime import FusedLinearAttention, PackedDecoderBlock, WeightOnlyLinear
-from binarize.stages import binary_layers
+from binarize.stages import attention_gates, binary_layers
 from models.build import RANDOM_TINY_ENCODER, build_dinomaly, build_encoder, build_encoder_without_weights
 from models.dinomaly import Dinomaly, DinomalyOptions
 from models.encoder import FrozenEncoder
@@ -83,6 +83,11 @@ class Case:
 @cache
 def case_of(kind: str, stage: int, bits: int, attention: str, sab: str, **options) -> Case:
     trained = trained_like(build_detector(kind, decoder_attention=attention, **options), stage, bits, sab)
+    with torch.no_grad():
+        for block in trained.decoder if attention == "softmax" else ():
+            block.attn.qkv.alpha *= 5  # so that rows have a maximum
+            for gate in attention_gates(block):
+                gate.alpha_at_conversion *= 5
     generator, images = torch.Generator().manual_seed(2), []
     while len(images) < 3:
         image = torch.randn(1, 3, SIDE, SIDE, generator=generator)
@@ -175,8 +180,10 @@ def test_loaded_file_is_the_packed_detector_bit_for_bit(tmp_path, kind, precisio
     assert detector.options == case.trained.options
     assert (description["host"], description["stage"]) == ("Dinomaly", stage)
     assert not {"INP_num", "bottleneck_dropout"} & description["config"].keys()
-    close = 1e-5 if precision == ("fp32", "fp32") else 0.15
-    torch.testing.assert_close(detector.anomaly_map(case.images), case.maps, rtol=0, atol=close)
+    difference = (detector.anomaly_map(case.images) - case.maps).abs()
+    if precision == ("fp32", "fp32"):
+        assert difference.max() < 1e-5
+    assert difference.mean() < 0.4 * case.maps.std()  # noise has many decisions near their thresholds
 
 
 def test_options_of_the_network_are_in_its_file(tmp_path):

@@ -17,8 +17,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from binarize.kernels import engine, int8_operations, library, operations, oracle
+from binarize.kernels import block_operations, engine, int8_operations, library, operations, oracle
 from binarize.kernels.library import (
     CompilationError,
     available_paths,
@@ -38,6 +39,8 @@ OPERATORS = [
     "linear_to_bits",
     "prototype_attention",
     "linear_attention",
+    "project_and_attend",
+    "project_and_transform",
     "quantize",
     "layer_norm_quantize",
     "gelu_quantize",
@@ -50,6 +53,7 @@ FEWER_SIZES = {  # the operators' own part is small, and plain torch is slow
     "INPUTS": (1, 33, 65, 384),
     "OUTPUTS": (1, 33, 96),
     "PROTOTYPES": (1, 17),
+    "BLOCK_WIDTHS": ((1, 1), (33, 132), (160, 640)),
     "SOFTMAX_TOKENS": (1, 17, 100),
 }
 UNOPTIMISED = ["-O0"]  # compiles ten times faster
@@ -95,7 +99,12 @@ def forget():
 
 def operator(name: str) -> Callable:
     """An operator by its name."""
-    return getattr(operations if hasattr(operations, name) else int8_operations, name)
+    return next(getattr(part, name) for part in (operations, block_operations, int8_operations) if hasattr(part, name))
+
+
+def tensor_of_array(value):
+    """An array as a tensor, anything else as it is."""
+    return torch.tensor(value) if isinstance(value, np.ndarray) else value
 
 
 class TorchKernels:
@@ -105,8 +114,7 @@ class TorchKernels:
 
     def __getattr__(self, name: str):
         def call(*arguments):
-            tensors = [torch.tensor(value) if isinstance(value, np.ndarray) else value for value in arguments]
-            found = operator(name)(*tensors)
+            found = operator(name)(*tree_map(tensor_of_array, arguments))
             return tuple(part.numpy() for part in found) if isinstance(found, tuple) else found.numpy()
 
         return call
@@ -120,8 +128,14 @@ def example(name: str) -> list:
         return torch.randn(*shape, generator=generator)
 
     width = 32 * HEADS
-    bits = oracle.pack(normal(ROWS, INPUTS), normal(INPUTS))
-    panels = oracle.panels_of(oracle.pack(normal(OUTPUTS, INPUTS), torch.zeros(INPUTS)))
+
+    def panels_of(outputs: int, inputs: int) -> Tensor:
+        return oracle.panels_of(oracle.pack(normal(outputs, inputs), torch.zeros(inputs)))
+
+    def layer(outputs: int, inputs: int) -> list[Tensor]:
+        return [panels_of(outputs, inputs), normal(outputs) / inputs**0.5, normal(outputs)]
+
+    bits, panels = oracle.pack(normal(ROWS, INPUTS), normal(INPUTS)), panels_of(OUTPUTS, INPUTS)
     low = torch.randint(20, 35, (OUTPUTS,), generator=generator, dtype=torch.int32)
     span = torch.randint(0, 20, (OUTPUTS,), generator=generator, dtype=torch.int32)
     gates = [torch.rand(HEADS, generator=generator) for _ in range(3)]
@@ -132,6 +146,17 @@ def example(name: str) -> list:
         "linear_to_bits": [bits, panels, INPUTS, low, span],
         "prototype_attention": [normal(2, TOKENS, width), normal(2, 6, 2 * width), normal(HEADS), *gates, normal(width)],
         "linear_attention": [normal(ROWS, 3 * width), TOKENS, HEADS, normal(width) / 10],
+        "project_and_attend": [
+            oracle.pack(*normal(2, ROWS, width)),
+            *layer(3 * width, width),
+            TOKENS,
+            HEADS,
+            normal(width) / 10,
+        ],
+        "project_and_transform": [
+            *(bits, layer(INPUTS, INPUTS), normal(ROWS, INPUTS), list(normal(3, INPUTS)), 1e-6),
+            *([panels, low, span], layer(INPUTS, OUTPUTS)),
+        ],
         "quantize": [normal(ROWS, INPUTS)],
         "layer_norm_quantize": [normal(ROWS, INPUTS), normal(INPUTS), normal(INPUTS), 1e-6],
         "gelu_quantize": [normal(ROWS, INPUTS), normal(ROWS), normal(INPUTS)],
@@ -148,12 +173,32 @@ def results(name: str, arguments: list) -> tuple[Tensor, ...]:
 
 def plain_results(name: str, arguments: list) -> tuple[Tensor, ...]:
     """The same from oracle.py."""
-    if name == "softmax_attention":
-        *scaled, tokens, heads = arguments
-        found = oracle.softmax_attention(oracle.rescale(*scaled, None, None), tokens, heads)
-    else:
-        found = getattr(oracle, name)(*arguments)
+    found = PLAIN.get(name, getattr(oracle, name, None))(*arguments)
     return found if isinstance(found, tuple) else (found,)
+
+
+def plain_softmax_attention(sums: Tensor, row_scales: Tensor, bias: Tensor, tokens: int, heads: int) -> Tensor:
+    return oracle.softmax_attention(oracle.rescale(sums, row_scales, bias, None, None), tokens, heads)
+
+
+def plain_project_and_attend(bits, panels, scale, bias, tokens, heads, threshold) -> Tensor:
+    projected = oracle.linear(bits, panels, len(threshold), scale, bias, None)
+    return oracle.linear_attention(projected, tokens, heads, threshold)
+
+
+def plain_project_and_transform(bits, proj, residual, norm, eps, fc1, fc2) -> Tensor:
+    weight, bias, threshold = norm
+    width, hidden = len(weight), len(fc1[1])
+    x = oracle.linear(bits, proj[0], width, *proj[1:], residual)
+    inner = oracle.linear_to_bits(oracle.layer_norm_pack(x, weight, bias, eps, threshold), fc1[0], width, *fc1[1:])
+    return oracle.linear(inner, fc2[0], hidden, *fc2[1:], x)
+
+
+PLAIN = {  # of those that are more than one function of oracle.py
+    "softmax_attention": plain_softmax_attention,
+    "project_and_attend": plain_project_and_attend,
+    "project_and_transform": plain_project_and_transform,
+}
 
 
 def spread(tensor: Tensor) -> Tensor:
@@ -222,7 +267,10 @@ def test_without_c_operators_are_plain_torch(name):
 
 @pytest.mark.parametrize(
     ("name", "absent"),
-    [("linear", (5,)), ("rescale", (3, 4)), ("rescale", (4,)), ("prototype_attention", (3, 4, 5)), ("linear_attention", (3,))],
+    [
+        *(("linear", (5,)), ("rescale", (3, 4)), ("rescale", (4,))),
+        *(("prototype_attention", (3, 4, 5)), ("linear_attention", (3,)), ("project_and_transform", (2,))),
+    ],
 )
 def test_arguments_that_may_be_absent(kernels, name, absent):
     arguments = [None if index in absent else value for index, value in enumerate(example(name))]
@@ -230,7 +278,7 @@ def test_arguments_that_may_be_absent(kernels, name, absent):
         torch.testing.assert_close(found, expected)
 
 
-WRONG_SHAPES = {
+WRONG_SHAPES = {  # by place in the arguments, those of lists counted singly
     "pack": {0: [(ROWS, INPUTS - 1), (ROWS, 1), (INPUTS,), (2, ROWS, INPUTS)], 1: [(INPUTS + 1,), (1,), (1, INPUTS)]},
     "layer_norm_pack": {0: [(ROWS, INPUTS - 1), (INPUTS,)], **{index: [(INPUTS - 1,), (1,)] for index in (1, 2, 4)}},
     "linear": {
@@ -249,6 +297,20 @@ WRONG_SHAPES = {
         6: [(159,), (1,), (1, 160)],
     },
     "linear_attention": {0: [(ROWS, 479), (ROWS - 1, 480), (480,), (2, 35, 480), (ROWS, 0)], 3: [(159,), (1,), (1, 160)]},
+    "project_and_attend": {
+        0: [(ROWS, 5), (ROWS, 4), (ROWS - 1, 6), (6,)],
+        1: [(14, 6, 32), (15, 5, 32), (15, 6, 16), (5, 6, 32), (15, 6)],
+        **{index: [(479,), (160,), (1, 480)] for index in (2, 3)},
+        6: [(159,), (1,), (0,), (1, 160), (160, 2)],
+    },
+    "project_and_transform": {
+        0: [(ROWS, 3), (ROWS, 2), (4,)],
+        1: [(2, 4, 32), (3, 3, 32), (3, 4, 16), (3, 4)],
+        **{index: [(INPUTS - 1,), (1,), (1, INPUTS)] for index in (2, 3, 5, 6, 7, 12, 13)},
+        4: [(ROWS - 1, INPUTS), (ROWS, 1), (INPUTS,), (1, INPUTS)],
+        9: [(1, 4, 32), (3, 4, 32), (2, 2, 32), (2, 4)],
+        **{index: [(OUTPUTS - 1,), (1,), (1, OUTPUTS), (65,)] for index in (10, 11)},
+    },
     "quantize": {0: [(INPUTS,), (2, ROWS, INPUTS)]},
     "layer_norm_quantize": {0: [(ROWS, INPUTS - 1), (INPUTS,)], 1: [(INPUTS + 1,), (1,)], 2: [(INPUTS + 1,), (1,)]},
     "gelu_quantize": {0: [(ROWS, INPUTS - 1), (INPUTS,)], 1: [(ROWS - 1,), (1,), (ROWS, 1)], 2: [(INPUTS - 1,), (1,)]},
@@ -271,14 +333,14 @@ WRONG_SHAPES = {
 def test_wrong_shapes_are_refused(name, index, shape, with_c):
     if not with_c:
         engine.use_kernels(None)
-    arguments = example(name)
-    arguments[index] = torch.zeros(shape, dtype=arguments[index].dtype)
+    values, structure = tree_flatten(example(name))
+    values[index] = torch.zeros(shape, dtype=values[index].dtype)
     with pytest.raises(ValueError, match=re.escape(str(shape))):
-        results(name, arguments)
+        results(name, tree_unflatten(values, structure))
 
 
 @pytest.mark.parametrize(("tokens", "heads"), [(TOKENS - 1, HEADS), (TOKENS, HEADS + 2), (0, HEADS), (TOKENS, 0)])
-@pytest.mark.parametrize(("name", "place"), [("softmax_attention", 3), ("linear_attention", 1)])
+@pytest.mark.parametrize(("name", "place"), [("softmax_attention", 3), ("linear_attention", 1), ("project_and_attend", 4)])
 def test_attention_refuses_numbers_that_do_not_divide(name, place, tokens, heads):
     arguments = example(name)
     arguments[place : place + 2] = tokens, heads
@@ -290,10 +352,11 @@ def test_attention_refuses_numbers_that_do_not_divide(name, place, tokens, heads
 def test_inputs_with_gaps_in_memory(kernels, name):
     arguments = example(name)
     dense = results(name, arguments)
-    for index, value in enumerate(arguments):
+    values, structure = tree_flatten(arguments)
+    for index, value in enumerate(values):
         if isinstance(value, Tensor):
             for apart in (spread(value), value.T.contiguous().T if value.ndim == 2 else spread(value)):
-                found = results(name, [*arguments[:index], apart, *arguments[index + 1 :]])
+                found = results(name, tree_unflatten([*values[:index], apart, *values[index + 1 :]], structure))
                 assert all(map(torch.equal, found, dense)), index
 
 
@@ -456,6 +519,8 @@ def test_without_a_compiler_torch_computes(forget, monkeypatch, caplog):
     assert find_compiler() is None
     (warning,) = result_and_warnings(caplog)
     assert warning.startswith("no C compiler found")
+    for name in OPERATORS:
+        check_agreement(name)
     assert engine.describe_path() == "plain torch (no C compiler)"
 
 

@@ -12,7 +12,7 @@ import utils.training
 from common.errors import Interrupted
 from tests.conftest import run_folder
 from tests.miniature import make_mvtec
-from utils.checkpoint import load_checkpoint
+from utils.checkpoint import load_checkpoint, save_checkpoint
 
 ITERATIONS = "11"  # 8 images in batches of 4: the run stops in the middle of an epoch
 
@@ -106,6 +106,21 @@ def test_other_flags_do_not_resume(train, data, tmp_path, monkeypatch, capsys):
     assert train("--total_iters", "20", "--resume", data=data) == 2
     assert "total_iters 11 there, 20 here" in capsys.readouterr().err
     assert (run_folder(tmp_path) / "bottle" / "last.pth").read_bytes() == before
+
+
+def test_a_training_that_an_earlier_version_began_is_resumed(train, data, tmp_path, uninterrupted, monkeypatch):
+    """Its files do not name flags that are newer."""
+    flags = ("--total_iters", ITERATIONS, "--save_name", "stopped")
+    with monkeypatch.context() as patch:
+        stop_after(patch, 6)
+        assert train(*flags, data=data) == 130
+    path = run_folder(tmp_path, "stopped") / "bottle" / "last.pth"
+    content = load_checkpoint(path)
+    for name in ("host", "adam_eps"):
+        del content["config"][name]
+    save_checkpoint(path, {name: value for name, value in content.items() if name != "model_sha256"})
+    assert train(*flags, "--resume", data=data) == 0
+    assert_same(weights(tmp_path, "stopped"), uninterrupted)
 
 
 def test_finished_categories_are_skipped(train, tmp_path):

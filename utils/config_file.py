@@ -21,6 +21,11 @@ def config_tokens(parser: argparse.ArgumentParser, path: Path) -> list[str]:
         raise UserError(f"--config {str(path)!r} cannot be read as YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict) or not content:
         raise UserError(f"--config {str(path)!r} is empty or no list of `flag: value` lines")
+    host = parser.get_default("host")
+    if host and content.get("host", host) != host:
+        raise UserError(
+            f"--config {str(path)!r} is of a run on {content['host']}, this script trains {host}; give a file of that host"
+        )
     flags = {
         action.dest: action for action in parser._actions if action.option_strings and action.dest not in ("help", "config")
     }

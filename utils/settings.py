@@ -9,7 +9,7 @@ from common.errors import UserError
 from datasets.catalog import ListingOptions
 from models.build import check_sizes
 from utils.arguments import listing_options
-from utils.hosts import HOSTS
+from utils.hosts import HOSTS, INP_FORMER
 from utils.optim import warmup_length
 from utils.protocol import EvaluationOptions
 from utils.run_folder import check_plain_name, resolved_paths, run_folder_name
@@ -272,6 +272,8 @@ def _check_combinations(arguments: argparse.Namespace) -> None:
         raise UserError("--test_checkpoint evaluates a trained model; give --phase test with it")
     if arguments.scoring != "reconstruction" and training:
         raise UserError(f"--scoring {arguments.scoring} scores a trained model otherwise; give --phase test with it")
+    if arguments.scoring == "prototype" and arguments.host != INP_FORMER.name:
+        raise UserError(f"--scoring prototype needs prototypes and {arguments.host} has none; leave it out")
     if arguments.distill_teacher and not arguments.distill and training:
         raise UserError("--distill_teacher does nothing without --distill WEIGHT; give both")
     if stage == 0 and arguments.load_checkpoint and training:

@@ -231,11 +231,14 @@ def _restore(path: Path, detector: Detector, optimizer: StableAdamW, identity: d
             f"cannot resume: {str(path)!r} was saved by {processes} processes, this command has {world_size()}, and batches "
             f"would differ; start it with torchrun --nproc_per_node {processes}, or start anew with --overwrite"
         )
-    for name, expected in identity.items():
-        if content.get(name) != expected:
+    flags = identity.get("config", {})  # a file may be older than a flag, and then says nothing of it
+    stored = {**content, **flags, **content.get("config", {})}
+    wanted = {**{name: value for name, value in identity.items() if name != "config"}, **flags}
+    for name, expected in wanted.items():
+        if stored.get(name) != expected:
             hint = ", with --cache_features off, ram or disk as auto then chose" if name == "features" else ""
             raise UserError(
-                f"cannot resume: {str(path)!r} was saved with {name} {content.get(name)!r}, this command has {expected!r}; "
+                f"cannot resume: {str(path)!r} was saved with {name} {stored.get(name)!r}, this command has {expected!r}; "
                 f"repeat the first command's flags{hint}, or start anew with --overwrite"
             )
     detector.load_trained_state(content["model"])

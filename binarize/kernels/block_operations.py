@@ -21,9 +21,10 @@ def project_and_attend(
     `threshold` is (C,), `scale` and `bias` are (3C,), `panels` those of C inputs and 3C outputs.
     """
     width = len(threshold)
-    operations.check_product(bits, panels, width, scale, bias)
-    if min(tokens, heads) < 1 or len(bits) % tokens or width % heads or len(scale) != 3 * width:
+    fits = threshold.ndim == 1 and min(tokens, heads, width) >= 1
+    if not fits or len(bits) % tokens or width % heads or len(scale) != 3 * width:
         refuse(f"bits, scale and threshold are not for {tokens} tokens and {heads} heads", bits, scale, threshold)
+    operations.check_product(bits, panels, width, scale, bias)
     d, c = width // heads, for_c(scale)
     if c is None or width > operations.MOST_CHANNELS or d % _PANEL:
         projected = operations.linear(bits, panels, width, scale, bias, None)
@@ -62,11 +63,11 @@ def project_and_transform(
     operations.check_product(bits, proj[0], width, *proj[1:])
     operations.check_product(bits, fc1[0], width, *fc1[1:])
     operations.check_product(bits.new_empty(0, oracle.words_of(hidden)), fc2[0], hidden, *fc2[1:])
-    if any(values.shape != (width,) for values in (*norm, fc2[1])):
-        refuse(f"norm and output are not for {width} channels", *norm, fc2[1])
+    if min(width, hidden) < 1 or any(values.shape != (width,) for values in (*norm, fc2[1])):
+        refuse(f"norm, hidden layer and output are not for {width} channels", *norm, fc1[1], fc2[1])
     if residual is not None and residual.shape != (len(bits), width):
         refuse(f"residual is not for {len(bits)} rows and {width} channels", residual)
-    c = for_c(fc1[1])
+    c = for_c(proj[1]) and for_c(fc1[1])
     if c is None:
         x = operations.linear(bits, proj[0], width, *proj[1:], residual)
         normal = operations.layer_norm_pack(x, *norm[:2], eps, norm[2])
