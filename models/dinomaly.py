@@ -31,6 +31,10 @@ class DinomalyOptions:
     remove_class_token: bool = False
     recentre: bool = False
 
+    def __post_init__(self):
+        if self.groups not in (1, 2):
+            raise ValueError(f"{self.groups} groups, not 1 or 2")
+
 
 @dataclass(frozen=True)
 class DinomalyTraining:

@@ -44,13 +44,13 @@ def linear_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 class Mlp(nn.Module):
-    """Linear C -> 4C, GELU, Linear 4C -> C, with biases; the same dropout before each layer and after the last."""
+    """Linear C -> 4C, GELU, Linear 4C -> C, with biases; `dropout`, at first 0, acts before each layer and after the last."""
 
-    def __init__(self, dim: int, dropout: float = 0.0):
+    def __init__(self, dim: int):
         super().__init__()
         self.fc1 = nn.Linear(dim, 4 * dim)
         self.fc2 = nn.Linear(4 * dim, dim)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = nn.Dropout(0.0)
 
     def forward(self, tokens: Tensor) -> Tensor:
         hidden = F.gelu(self.fc1(self.dropout(tokens)))

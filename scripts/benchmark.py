@@ -25,6 +25,7 @@ from binarize.kernels import operations, oracle
 from binarize.linear import BinarizationOptions
 from binarize.runtime import fuse_linear_attention, prepare_modules
 from binarize.stages import binarize, calibrate
+from common.errors import UserError
 from datasets.transforms import image_transform
 from models.build import build_encoder_without_weights, check_sizes, published_parameter_count
 from models.detector import Detector
@@ -33,12 +34,11 @@ from utils.agreement import packed_copy
 from utils.checkpoint import write_text
 from utils.command import run_command
 from utils.converters import number
-from utils.hosts import DINOMALY, INP_FORMER, Host
-from utils.hosts import HOSTS as HOSTS_OF_FILES
+from utils.hosts import DINOMALY, HOSTS, Host, network_defaults
 from utils.packed_model import PackingOptions, load_packed, packed_bytes
 from utils.timing import describe_machine, interleaved_medians
 
-HOSTS = {"inp_former": INP_FORMER, "dinomaly": DINOMALY}
+HOST_NAMES = {name.lower().replace("-", "_"): name for name in HOSTS}
 SHAPES = [(784, 384, 384), (784, 384, 1536), (784, 1536, 384), (784, 768, 768), (784, 768, 3072), (784, 3072, 768)]
 _PHOTO_SIDE = 900
 _FLOAT = "torch float32"
@@ -59,8 +59,8 @@ def build_parser() -> argparse.ArgumentParser:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--model", type=Path, metavar="FILE.binaryad", help="beside a float network of its sizes")
     source.add_argument("--random", choices=["small", "base", "large"], help="random weights of dinov2reg_vit_SIZE_14")
-    parser.add_argument("--host", choices=list(HOSTS), default="inp_former", help="network of --random")
-    parser.add_argument("--decoder_attention", choices=list(ATTENTIONS), default="linear", help="of --host dinomaly")
+    parser.add_argument("--host", choices=list(HOST_NAMES), default="inp_former", help="network of --random")
+    parser.add_argument("--decoder_attention", choices=list(ATTENTIONS), help="of --host dinomaly, default linear")
     parser.add_argument("--crop_size", type=number(int, 1), default=392, help="of --random; a file has its own")
     parser.add_argument("--encoder_weights", metavar="FILE", help="for a file that only names its encoder")
     parser.add_argument("--threads", type=number(int, 1), default=1)
@@ -73,17 +73,21 @@ def build_parser() -> argparse.ArgumentParser:
 
 def benchmark(arguments: argparse.Namespace) -> int:
     """Print all tables, and write them to --output."""
+    if arguments.decoder_attention and (arguments.model or HOST_NAMES[arguments.host] != DINOMALY.name):
+        raise UserError("--decoder_attention is for --random SIZE --host dinomaly; leave it out, or add these")
     torch.set_num_threads(arguments.threads)
     if arguments.model:
         packed, description = load_packed(arguments.model, encoder_weights=arguments.encoder_weights)
         name, crop = description["encoder"]["name"], description["config"]["crop_size"]
-        host, published = HOSTS_OF_FILES[description["host"]], description["encoder"]["published_parameters"]
+        host, published = HOSTS[description["host"]], description["encoder"]["published_parameters"]
         network = description["config"]
         ours = [Variant(arguments.model.name, packed)]
     else:
         name, crop, ours = f"dinov2reg_vit_{arguments.random}_14", arguments.crop_size, None
-        host, published = HOSTS[arguments.host], published_parameter_count(name)
-        network = {**network_defaults(host), "decoder_attention": arguments.decoder_attention}
+        host, published = HOSTS[HOST_NAMES[arguments.host]], published_parameter_count(name)
+        network = network_defaults(host)
+        if arguments.decoder_attention:
+            network["decoder_attention"] = arguments.decoder_attention
         check_sizes(name, crop, crop)
     with torch.inference_mode():
         detector = random_detector(host, network, name, crop, published)
@@ -101,13 +105,6 @@ def benchmark(arguments: argparse.Namespace) -> int:
     if arguments.output:
         write_text(arguments.output, text)
     return 0
-
-
-def network_defaults(host: Host) -> dict[str, object]:
-    """The network flags of a host at their defaults."""
-    parser = argparse.ArgumentParser()
-    host.add_flags(parser)
-    return vars(parser.parse_args([]))
 
 
 def random_detector(host: Host, network: dict, encoder_name: str, crop_size: int, published_parameters: int) -> Detector:

@@ -1,6 +1,7 @@
 """What the tests of several processes let torchrun run: distributed_work.py FOLDER. Results go to files in that folder."""
 
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from binarize.linear import BinarizationOptions
 from binarize.stages import binarize, binary_layers, calibrate
 from models.build import RANDOM_TINY_ENCODER, build_encoder, build_inp_former
-from models.losses import soft_mining_loss
+from models.losses import hard_mining_loss, soft_mining_loss
 from utils.distributed import process_group, rank, world_size
 from utils.result_files import MetricsLog
 from utils.training import TrainingOptions, first_global_batch, fit
@@ -20,6 +21,7 @@ from utils.training import TrainingOptions, first_global_batch, fit
 KINDS = {"float": (0, "mixed"), "stage-2": (2, "mixed"), "constant-gates": (1, "binary")}  # CLB stage and --sab
 ITERATIONS = 8
 GLOBAL_BATCH = 4
+HARD_SHARE = 0.5
 
 
 class Noise(Dataset):
@@ -64,13 +66,14 @@ def train(folder: Path, kind: str) -> None:
 
 
 def mine(folder: Path) -> None:
-    """Loss and gradient of this process's half of the tensors in mining.npz, in float64."""
+    """Losses and gradients of this process's half of the tensors in mining.npz, in float64."""
     tensors = np.load(folder / "mining.npz")
     target, reconstruction = (torch.tensor(tensors[name]).chunk(2)[rank()] for name in ("target", "reconstruction"))
-    rebuilt = reconstruction.clone().requires_grad_()
-    loss = soft_mining_loss(target, rebuilt)
-    loss.backward()
-    np.savez(folder / f"mining_{rank()}.npz", loss=loss.item(), gradient=rebuilt.grad.numpy())
+    for name, mining_loss in (("soft", soft_mining_loss), ("hard", partial(hard_mining_loss, mined_share=HARD_SHARE))):
+        rebuilt = reconstruction.clone().requires_grad_()
+        loss = mining_loss(target, rebuilt)
+        loss.backward()
+        np.savez(folder / f"{name}_mining_{rank()}.npz", loss=loss.item(), gradient=rebuilt.grad.numpy())
 
 
 if __name__ == "__main__":

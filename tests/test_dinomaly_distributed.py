@@ -43,7 +43,6 @@ def test_two_processes_mine_and_learn_as_one_with_the_doubled_batch(train_dinoma
     errors = errors_of(process)
     assert process.returncode == 0, errors
     alone, together = (losses(run_folder(tmp_path, f"dinomaly-{name}")) for name in ("alone", "together"))
-    print([a / b - 1 for a, b in zip(together, alone, strict=True)])
     assert together == pytest.approx(alone, rel=1e-5)
 
 

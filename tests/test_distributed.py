@@ -19,12 +19,14 @@ from common.errors import Interrupted, ResourceError, UserError
 from tests import distributed_work
 from tests.conftest import REPOSITORY, command_line, run_folder
 from tests.miniature import make_mvtec
+from tests.test_dinomaly_training import mining_weights
+from tests.test_inp_former import slow_distance
 from tests.test_losses import finite_differences, normal, slow_global_cosine_distance, slow_weights
 from utils import devices, distributed
 from utils.checkpoint import load_checkpoint
 from utils.loading import default_worker_count
 from utils.stopping import StopRequest
-from utils.training import ShuffledBatches, iterations_of
+from utils.training import ShuffledBatches, iterations_per_epoch
 
 PATIENCE = 180  # seconds, on a busy machine
 ITERATIONS = (
@@ -75,14 +77,18 @@ def shared(tmp_path_factory) -> Path:
     return folder
 
 
-def test_soft_mining_over_two_processes_is_that_of_the_joined_batch(shared):
+@pytest.mark.parametrize("mining", ["soft", "hard"])
+def test_mining_over_two_processes_is_that_of_the_joined_batch(shared, mining):
     target, reconstruction = (np.load(shared / "mining.npz")[name] for name in ("target", "reconstruction"))
-    parts = [np.load(shared / f"mining_{number}.npz") for number in range(2)]
+    parts = [np.load(shared / f"{mining}_mining_{number}.npz") for number in range(2)]
     assert np.mean([part["loss"] for part in parts]) == pytest.approx(
         slow_global_cosine_distance(target, reconstruction), abs=1e-12
     )
     unweighted = finite_differences(lambda values: slow_global_cosine_distance(target, values), reconstruction)
-    expected = unweighted * slow_weights(target, reconstruction, 3.0)[:, :, None]
+    weights = slow_weights(target, reconstruction, 3.0)
+    if mining == "hard":
+        weights = mining_weights(slow_distance(target, reconstruction), distributed_work.HARD_SHARE, 0.1)
+    expected = unweighted * weights[:, :, None]
     gradient = np.concatenate([part["gradient"] for part in parts]) / 2  # DistributedDataParallel takes the mean
     np.testing.assert_allclose(gradient, expected, atol=1e-9)
 
@@ -133,11 +139,11 @@ def two_processes(monkeypatch):
 
 def test_epochs_count_batches_of_all_processes(monkeypatch):
     monkeypatch.setattr("utils.training.world_size", lambda: 2)
-    assert iterations_of(3, 11, 2, "bottle") == 6
+    assert iterations_per_epoch(11, 2, "bottle") == 2
     with pytest.raises(UserError, match=r"11 training images, fewer than 2 processes x --batch_size 6.* --batch_size 5 or"):
-        iterations_of(3, 11, 6, "bottle")
+        iterations_per_epoch(11, 6, "bottle")
     with pytest.raises(UserError, match="give fewer processes"):
-        iterations_of(3, 1, 6, "bottle")
+        iterations_per_epoch(1, 6, "bottle")
 
 
 @pytest.mark.parametrize(

@@ -47,7 +47,7 @@ def compare_on_bits(detector: Detector, features: Tensor) -> Agreement:
     for block in packed.decoder:
         block.fused = False  # the same numbers, but every layer is seen
     packed_bits, map_by_layers = _recorded(packed, features, (PackedLinear, FoldedLinear), _unpacked)
-    if not torch.equal(packed_map, map_by_layers):
+    if not torch.allclose(packed_map, map_by_layers, rtol=0, atol=0, equal_nan=True):
         raise NumericError("the fused kernels and the single ones disagree; please report this, with the CPU's name")
     pairs = list(zip(trained_bits, packed_bits, strict=True))
     return Agreement(

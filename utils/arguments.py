@@ -49,6 +49,8 @@ def base_parser(doc: str, host: Host, settings: Sequence[str]) -> argparse.Argum
     _add_output_flags(parser.add_argument_group("output"), host)
     parser.add_argument("--host", choices=[host.name], default=host.name, help=argparse.SUPPRESS)  # a config.yaml names it
     parser.set_defaults(**host.defaults)
+    for action in parser._actions:
+        action.help = host.help.get(action.dest, action.help)
     return parser
 
 
@@ -126,14 +128,14 @@ def _add_binarization_flags(group) -> None:
 
 def _add_training_flags(group) -> None:
     """How it is trained, and where."""
-    group.add_argument("--total_epochs", type=number(int, 1), default=200)
+    group.add_argument("--total_epochs", type=number(int, 1), default=200, help="passes over the training images")
     group.add_argument("--total_iters", type=number(int, 1), help="iterations instead of epochs")
     group.add_argument("--batch_size", type=number(int, 1), default=16)
     group.add_argument("--learning_rate", type=number(float, 0), default=1e-3, help="after the warm-up")
     group.add_argument("--final_learning_rate", type=number(float, 0), default=1e-4, help="at the end of the cosine")
     group.add_argument("--warmup_iters", type=number(int, 0), help=f"default {DEFAULT_WARMUP}, at most a fifth of the run")
     group.add_argument("--weight_decay", type=number(float, 0), default=1e-4)
-    group.add_argument("--adam_eps", type=number(float, 0), default=1e-10, help="of StableAdamW (Dinomaly, single-class: 1e-8)")
+    group.add_argument("--adam_eps", type=number(float, 1e-30), default=1e-10, help="of StableAdamW")
     group.add_argument("--gradient_clip", type=number(float, 1e-9), default=0.1, help="largest global gradient norm")
     group.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=1)
     group.add_argument("--device", default="auto", metavar="auto|cpu|cuda[:i]")

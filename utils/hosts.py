@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 
+from common.errors import UserError
 from datasets.few_shot import DEFAULT_SHOT
 from models.build import build_dinomaly, build_inp_former
 from models.detector import Detector
@@ -22,8 +23,11 @@ class Host:
         name: what checkpoints, run folders and tables call it.
         network_flags: flags of its own that its network depends on, by name.
         training_flags: flags of its own that only its training depends on.
-        add_flags: adds both to an argument group.
+        folder_flags: network flags that the names of its run folders end with.
+        add_flags: adds network and training flags to an argument group.
         defaults: of shared flags, where the host has its own.
+        help: of shared flags, where the host has its own.
+        check: raises UserError for a command that it cannot follow.
         choose_defaults: command -> values of flags that it leaves open (None) and that depend on setting and data set.
         build: encoder and a config with the network flags -> fresh float detector.
         prepare_training: give a detector the training flags of a config.
@@ -32,8 +36,11 @@ class Host:
     name: str
     network_flags: tuple[str, ...]
     training_flags: tuple[str, ...]
+    folder_flags: tuple[str, ...]
     add_flags: Callable[[argparse._ArgumentGroup], None]
     defaults: Config
+    help: Mapping[str, str]
+    check: Callable[[argparse.Namespace], None]
     choose_defaults: Callable[[argparse.Namespace], Config]
     build: Callable[[FrozenEncoder, Config], Detector]
     prepare_training: Callable[[Detector, Config], None]
@@ -47,8 +54,11 @@ INP_FORMER = Host(
     name="INP-Former",
     network_flags=("INP_num",),
     training_flags=(),
+    folder_flags=("INP_num",),
     add_flags=_add_inp_former_flags,
     defaults={},
+    help={},
+    check=lambda arguments: None,
     choose_defaults=lambda arguments: {},
     build=lambda encoder, config: build_inp_former(encoder, config["INP_num"]),
     prepare_training=lambda detector, config: None,
@@ -56,7 +66,7 @@ INP_FORMER = Host(
 
 
 def _add_dinomaly_flags(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--decoder_attention", choices=list(ATTENTIONS), default="linear")
+    group.add_argument("--decoder_attention", choices=list(ATTENTIONS), default="linear", help="softmax has maps for --sab")
     group.add_argument(
         "--groups", type=int, choices=[1, 2], default=2, help="means of layers that are compared: of all, or lower and upper"
     )
@@ -84,8 +94,18 @@ def _add_dinomaly_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--mining_factor", type=number(float, 0, 1), default=0.1, help="on the gradient of easy tokens")
 
 
+def _check_dinomaly(arguments: argparse.Namespace) -> None:
+    if arguments.decoder_attention == "linear" and arguments.sab != "off":
+        raise UserError(
+            f"--sab {arguments.sab} binarizes attention maps and linear attention has none; leave it out, or give "
+            "--decoder_attention softmax"
+        )
+    if arguments.scoring == "prototype":
+        raise UserError("--scoring prototype needs prototypes and Dinomaly has none; leave it out")
+
+
 def _choose_dinomaly_defaults(arguments: argparse.Namespace) -> Config:
-    """The numbers of the authors' seven scripts; few-shot, which they have not, as the setting with as many models."""
+    """The numbers of the authors' seven scripts; few-shot, which is not among them, as the setting with as many models."""
     of_one = arguments.setting == "single" or (arguments.setting == "few" and arguments.per_category)
     real_iad = "Real-IAD" in arguments.dataset.split("+")
     iterations = 5_000 if of_one else 50_000 if real_iad else 10_000
@@ -106,6 +126,7 @@ DINOMALY = Host(
     name="Dinomaly",
     network_flags=tuple(field.name for field in fields(DinomalyOptions)),
     training_flags=tuple(field.name for field in fields(DinomalyTraining)),
+    folder_flags=(),
     add_flags=_add_dinomaly_flags,
     defaults={
         "shot": None,
@@ -116,9 +137,33 @@ DINOMALY = Host(
         "sab": None,
         "mask_threshold": 0.0,
     },
+    help={
+        "total_iters": "default 10000, with Real-IAD 50000, for one category 5000",
+        "total_epochs": "passes over the training images instead of iterations",
+        "adam_eps": "of StableAdamW; default 1e-10, for one category 1e-8 (of Real-IAD 1e-10)",
+        "sab": "softmax-aware binarization of attention maps; default mixed, with linear attention off",
+        "scoring": "only reconstruction",
+    },
+    check=_check_dinomaly,
     choose_defaults=_choose_dinomaly_defaults,
     build=lambda encoder, config: build_dinomaly(encoder, DinomalyOptions(**_fields_of(DinomalyOptions, config))),
     prepare_training=lambda detector, config: detector.train_with(DinomalyTraining(**_fields_of(DinomalyTraining, config))),
 )
 
 HOSTS = {host.name: host for host in (INP_FORMER, DINOMALY)}
+
+
+def network_defaults(host: Host) -> dict[str, object]:
+    """The network flags of a host as its authors have them."""
+    parser = argparse.ArgumentParser()
+    host.add_flags(parser)
+    defaults = vars(parser.parse_args([]))
+    return {flag: defaults[flag] for flag in host.network_flags}
+
+
+def described_network(config: Config) -> str:
+    """What stands on the encoder: the host, with those flags of its network that are not as its authors have them."""
+    host = HOSTS[config.get("host", INP_FORMER.name)]  # runs from before there were two do not say it
+    usual = network_defaults(host)
+    changed = [f"{flag} {config[flag]}" for flag in usual if config.get(flag, usual[flag]) != usual[flag]]
+    return ", ".join([host.name, *changed])

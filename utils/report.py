@@ -12,6 +12,7 @@ import yaml
 
 from binarize.cost import Cost
 from utils.checkpoint import write_text
+from utils.hosts import described_network
 from utils.metrics import column_names
 from utils.plots import loss_curve, score_histogram
 from utils.protocol import EvaluationOptions
@@ -95,7 +96,8 @@ def run_section(folder: Path, training_folder: Path) -> str:
     losses = _losses(training_folder / "metrics.jsonl")
     parts = [
         f"<h1>{html.escape(folder.name)}</h1>",
-        f'<p class="note">CLB stage {config["clb_stage"]} · {html.escape(config["encoder"])}, weights: '
+        f'<p class="note">{html.escape(described_network(config))} · CLB stage {config["clb_stage"]} · '
+        f"{html.escape(config['encoder'])}, weights: "
         f"{html.escape(encoder_source)} · crop {config['crop_size']} px · seed {config['seed']}<br>"
         f"{html.escape(EvaluationOptions.from_config(config).describe())}; percent, n/a where a metric is not defined</p>",
         html_rows(result_rows(rows)),

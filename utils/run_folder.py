@@ -6,7 +6,7 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,7 +17,9 @@ import torch
 import yaml
 
 from common.errors import UserError
+from datasets.catalog import ListingOptions
 from utils.checkpoint import write_text
+from utils.hosts import INP_FORMER
 from utils.result_files import (
     MetricsLog,
     Row,
@@ -37,16 +39,22 @@ _FACTS = {  # of env.json, that a later command must share
     "model_sha256": "model of sha256",
     "processes": "number of processes",
 }
+EARLIER_DEFAULTS = {  # of flags that runs from before do not name
+    "host": INP_FORMER.name,
+    "scoring": "reconstruction",
+    "realiad_json": ListingOptions().realiad_json,
+    "adam_eps": 1e-10,
+}
 NOT_A_RUN = ("run.lock", "log.txt", "failures.csv")
 
 
 def run_folder_name(
-    save_name: str, dataset: str | None, encoder: str, input_size: int, crop_size: int, prototype_count: int | None
+    save_name: str, dataset: str | None, encoder: str, input_size: int, crop_size: int, flags: Mapping[str, object]
 ) -> str:
-    """`<save_name>_dataset=..._Encoder=..._Resize=..._Crop=..._INP_num=...`, the paper's naming, without what is None."""
+    """`<save_name>_dataset=..._Encoder=..._Resize=..._Crop=...` and `flags`, the paper's naming; None: no data set in it."""
     data = "" if dataset is None else f"_dataset={dataset}"
-    prototypes = "" if prototype_count is None else f"_INP_num={prototype_count}"
-    return f"{save_name}{data}_Encoder={encoder}_Resize={input_size}_Crop={crop_size}{prototypes}"
+    further = "".join(f"_{name}={value}" for name, value in flags.items())
+    return f"{save_name}{data}_Encoder={encoder}_Resize={input_size}_Crop={crop_size}{further}"
 
 
 def resolved_paths(paths: list[str] | str | None) -> list[Path]:
@@ -104,13 +112,15 @@ class RunFolder:
             ResourceError: it cannot be written.
         """
         stored = self.stored_config()
+        if stored is not None:
+            stored = {**EARLIER_DEFAULTS, **stored}
         if stored is None and self.path.is_dir() and any(child.name not in NOT_A_RUN for child in self.path.iterdir()):
             raise UserError(f"{str(self.path)!r} exists and is no run folder (no config.yaml); choose another --save_name")
         if stored is not None:
             differences = [
-                f"{key} {stored[key]!r} there, {config[key]!r} here"
+                f"{key} {stored[key]!r} there, {config.get(key)!r} here"
                 for key in identity_keys
-                if key in stored and _comparable(key, stored[key]) != _comparable(key, config[key])
+                if key in stored and _comparable(key, stored[key]) != _comparable(key, config.get(key))
             ]
             environment = self.environment()
             differences += [

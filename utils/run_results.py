@@ -11,7 +11,7 @@ from binarize.cost import Cost
 from common.errors import UserError
 from datasets.catalog import LAYOUTS
 from utils.arguments import base_parser, parse
-from utils.hosts import HOSTS, INP_FORMER
+from utils.hosts import HOSTS, INP_FORMER, described_network
 from utils.protocol import EvaluationOptions
 from utils.report import read_cost
 from utils.result_files import Row
@@ -56,10 +56,8 @@ class Run:
 
     @property
     def network(self) -> str:
-        """What stands on the encoder: the host, with those flags of its network that are not as its authors have them."""
-        flags, usual = HOSTS[self.host].network_flags, _defaults(self.host)
-        changed = (f"{flag} {self.config[flag]}" for flag in flags if self.config[flag] != usual[flag])
-        return ", ".join([self.host, *changed])
+        """See `described_network`."""
+        return described_network(self.config)
 
     @property
     def items(self) -> list[str]:

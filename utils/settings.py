@@ -9,11 +9,11 @@ from common.errors import UserError
 from datasets.catalog import ListingOptions
 from models.build import check_sizes
 from utils.arguments import listing_options
-from utils.hosts import HOSTS, INP_FORMER
+from utils.hosts import HOSTS
 from utils.optim import warmup_length
 from utils.protocol import EvaluationOptions
-from utils.run_folder import check_plain_name, resolved_paths, run_folder_name
-from utils.training import TrainingOptions, iterations_of
+from utils.run_folder import EARLIER_DEFAULTS, check_plain_name, resolved_paths, run_folder_name
+from utils.training import TrainingOptions, iterations_per_epoch
 
 # what a command does with a run, not what the run is
 _NOT_STORED = ("config", "quiet", "debug", "phase", "resume", "overwrite", "force_gate")
@@ -37,8 +37,6 @@ PROTOCOL_KEYS = (
     "scoring",
     "allow_missing_masks",
 )
-
-_EARLIER_DEFAULTS = {"scoring": "reconstruction", "realiad_json": ListingOptions().realiad_json}  # of flags that are newer
 
 # what a test may measure otherwise than the training did
 MEASURING_KEYS = (*PROTOCOL_KEYS, "precision", "skip_bad_images", "realiad_json", "data_path")
@@ -121,15 +119,15 @@ class Settings:
 
     def _run_folder_name(self, save_name: str, dataset: str | None) -> str:
         data, model = self.data, self.model
-        prototypes = self.config.get("INP_num")
-        return run_folder_name(save_name, dataset, model.encoder, data.input_size, data.crop_size, prototypes)
+        flags = {name: self.config[name] for name in HOSTS[self.config["host"]].folder_flags}
+        return run_folder_name(save_name, dataset, model.encoder, data.input_size, data.crop_size, flags)
 
     def training_for(self, item: str, image_count: int) -> TrainingOptions:
         """Training options with the iterations of this category's image count filled in."""
         epochs, iterations = self.config["total_epochs"], self.config["total_iters"]
         if not image_count:
             raise UserError(f"{item} has no usable training image left; run `python -m scripts.check_dataset` to see why")
-        per_epoch = iterations_of(1, image_count, self.training.batch_size, item)
+        per_epoch = iterations_per_epoch(image_count, self.training.batch_size, item)
         total = iterations or epochs * per_epoch
         warmup = warmup_length(total) if self.config["warmup_iters"] is None else self.config["warmup_iters"]
         return replace(self.training, total_iterations=total, warmup=warmup)
@@ -144,7 +142,7 @@ def changed_protocol(stored: dict, settings: Settings) -> list[str]:
             here, there = resolved_paths(value), resolved_paths(stored.get(key))
             if here and there and here != there:
                 changed.append(f"{key}={'+'.join(path.name for path in here)}")
-        elif stored.get(key, _EARLIER_DEFAULTS.get(key)) != value:
+        elif stored.get(key, EARLIER_DEFAULTS.get(key)) != value:
             changed.append(f"{key}={value}")
     if settings.model.forced_gate is not None:
         changed.append(f"gate={settings.model.forced_gate:g}")
@@ -252,18 +250,14 @@ def default_save_name(arguments: argparse.Namespace) -> str:
 
 
 def _check_combinations(arguments: argparse.Namespace) -> None:
+    HOSTS[arguments.host].check(arguments)
     stage, training = arguments.clb_stage, arguments.phase == "train"
     if arguments.smoothing_kernel and arguments.smoothing_kernel % 2 == 0:
         raise UserError(
             f"--smoothing_kernel {arguments.smoothing_kernel} is even; use {arguments.smoothing_kernel + 1}, or 0 for none"
         )
     if arguments.setting != "few" and (getattr(arguments, "shot", None) or getattr(arguments, "per_category", False)):
-        raise UserError(f"--shot and --per_category are for --setting few, not {arguments.setting}; add it, or leave them out")
-    if getattr(arguments, "decoder_attention", None) == "linear" and arguments.sab != "off":
-        raise UserError(
-            f"--sab {arguments.sab} binarizes attention maps and linear attention has none; leave it out, or give "
-            "--decoder_attention softmax"
-        )
+        raise UserError("--shot and --per_category are for few images; give --setting few with them, or leave them out")
     if arguments.resume and arguments.overwrite:
         raise UserError("--resume continues a run and --overwrite deletes it; give one of them")
     if arguments.force_gate is not None and (training or stage == 0 or arguments.sab == "off"):
@@ -272,8 +266,6 @@ def _check_combinations(arguments: argparse.Namespace) -> None:
         raise UserError("--test_checkpoint evaluates a trained model; give --phase test with it")
     if arguments.scoring != "reconstruction" and training:
         raise UserError(f"--scoring {arguments.scoring} scores a trained model otherwise; give --phase test with it")
-    if arguments.scoring == "prototype" and arguments.host != INP_FORMER.name:
-        raise UserError(f"--scoring prototype needs prototypes and {arguments.host} has none; leave it out")
     if arguments.distill_teacher and not arguments.distill and training:
         raise UserError("--distill_teacher does nothing without --distill WEIGHT; give both")
     if stage == 0 and arguments.load_checkpoint and training:

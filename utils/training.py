@@ -22,6 +22,7 @@ from utils.distributed import is_main, joined, on_main, peers_expected, rank, wo
 from utils.loading import loaded_batches
 from utils.optim import StableAdamW, learning_rate
 from utils.result_files import MetricsLog
+from utils.run_folder import EARLIER_DEFAULTS
 from utils.stopping import StopRequest
 
 logger = logging.getLogger(__name__)
@@ -79,8 +80,8 @@ def first_global_batch(data: Dataset, options: TrainingOptions) -> Tensor:
     return default_collate([data[index]["image"] for index in indices])
 
 
-def iterations_of(epochs: int, image_count: int, batch_size: int, item: str) -> int:
-    """Iterations of so many epochs with that batch in each process; raises UserError if the images do not fill one."""
+def iterations_per_epoch(image_count: int, batch_size: int, item: str) -> int:
+    """Iterations of an epoch with that batch in each process; raises UserError if the images do not fill one."""
     processes = world_size()
     if image_count < processes * batch_size:
         several = f"{processes} processes x " if processes > 1 else ""
@@ -89,7 +90,7 @@ def iterations_of(epochs: int, image_count: int, batch_size: int, item: str) -> 
             f"{item} has {image_count} training images, fewer than {several}--batch_size {batch_size}, and incomplete "
             f"batches are dropped; give {smaller}"
         )
-    return epochs * (image_count // (processes * batch_size))
+    return image_count // (processes * batch_size)
 
 
 def fit(
@@ -131,7 +132,7 @@ def fit(
             for group in optimizer.param_groups:
                 group["lr"] = rate
             detector.begin_iteration(iteration, options.total_iterations)
-            torch.manual_seed(_noise_seed(options.seed, iteration))
+            torch.manual_seed(_noise_seed(options.seed, iteration))  # instead of a random state in every checkpoint
             optimizer.zero_grad(set_to_none=True)
             loss, parts = _backward(model, batch["image"].to(device), options)
             norm = torch.nn.utils.clip_grad_norm_(list(detector.trainable_parameters()), options.gradient_clip).item()
@@ -231,8 +232,8 @@ def _restore(path: Path, detector: Detector, optimizer: StableAdamW, identity: d
             f"cannot resume: {str(path)!r} was saved by {processes} processes, this command has {world_size()}, and batches "
             f"would differ; start it with torchrun --nproc_per_node {processes}, or start anew with --overwrite"
         )
-    flags = identity.get("config", {})  # a file may be older than a flag, and then says nothing of it
-    stored = {**content, **flags, **content.get("config", {})}
+    flags = identity.get("config", {})
+    stored = {**EARLIER_DEFAULTS, **content, **content.get("config", {})}
     wanted = {**{name: value for name, value in identity.items() if name != "config"}, **flags}
     for name, expected in wanted.items():
         if stored.get(name) != expected:

@@ -59,6 +59,8 @@ def project_and_transform(
         norm: weight, bias and the threshold of fc1.
         fc1: panels, low and span of a folded layer, see `operations.linear_to_bits`.
     """
+    if any(len(operands) != 3 for operands in (proj, norm, fc1, fc2)):
+        refuse("proj, norm, fc1 and fc2 must be three tensors each", bits)
     width, hidden = len(proj[1]), len(fc1[1])
     operations.check_product(bits, proj[0], width, *proj[1:])
     operations.check_product(bits, fc1[0], width, *fc1[1:])

@@ -6,7 +6,7 @@
  * vector belong to neighbouring output columns and no horizontal sum is needed.
  *
  * Every exported function takes the path first (see `binaryad_best_isa`) and the number of threads second. Arrays are dense
- * and row-major, and are not checked: the callers (operations.py and int8_operations.py) do that.
+ * and row-major, and are not checked: the callers (the operators in this folder) do that.
  */
 #include <float.h>
 #include <math.h>
@@ -180,9 +180,9 @@ typedef struct {
 } Path;
 
 #define PATH_OF(suffix)                                                                                              \
-    {pack_rows_##suffix,     layer_norm_pack_rows_##suffix,     multiply_##suffix,           attend_blocks_##suffix, \
-     summarise_##suffix,     attend_linear_blocks_##suffix, project_and_transform_##suffix,                                                          \
-     quantize_rows_##suffix, layer_norm_quantize_rows_##suffix, gelu_quantize_rows_##suffix, rescale_rows_##suffix}
+    {pack_rows_##suffix,     layer_norm_pack_rows_##suffix,     multiply_##suffix,              attend_blocks_##suffix, \
+     summarise_##suffix,     attend_linear_blocks_##suffix,     project_and_transform_##suffix, quantize_rows_##suffix, \
+     layer_norm_quantize_rows_##suffix, gelu_quantize_rows_##suffix, rescale_rows_##suffix}
 static const Path PATHS[ISA_COUNT] = {
     [ISA_SCALAR] = PATH_OF(scalar),
 #if NEON
@@ -297,7 +297,7 @@ static void attend_linear(int isa, int threads, const LinearAttention *a, int64_
 }
 
 /* projected (images * tokens, 3 * heads * d): queries, keys, values -> linear attention, (images * tokens, heads * d): floats
- * `out` if `threshold` is null, else bits at `threshold` (heads * d). At most 4096 channels (2 x 16 rows live on the stack).
+ * `out` if `threshold` is null, else bits at `threshold` (heads * d). At most 4096 channels (up to 3 x 16 rows live on the stack).
  * `summaries` is scratch of images * heads * (d + 1) * d floats.
  */
 void binaryad_linear_attention(int isa, int threads, const float *projected, int64_t images, int64_t tokens, int64_t heads,

@@ -165,5 +165,6 @@ def check_product(bits: Tensor, panels: Tensor, in_features: int, *per_output: T
     """Raise ValueError unless bits (rows, words) and panels are of so many inputs, panels and the rest of as many outputs."""
     words, outputs = oracle.words_of(in_features), per_output[0].shape[:1]
     fits = bits.shape[1:] == (words,) and panels.shape == (-(-len(per_output[0]) // 32), words, 32)
+    fits = fits and bits.dtype == panels.dtype == torch.int32
     if not (fits and all(values.shape == outputs for values in per_output)):
         refuse(f"bits, panels and outputs do not fit, or not to {in_features} inputs", bits, panels, *per_output)
