@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from binarize.int8 import Int8Linear, to_int8
 from binarize.kernels import operations, oracle
 from binarize.linear import BinarizationOptions
-from binarize.runtime import fuse_linear_attention, prepare_modules
+from binarize.packed_blocks import fuse_linear_attention
+from binarize.runtime import prepare_modules
 from binarize.stages import binarize, calibrate
 from common.errors import UserError
 from datasets.transforms import image_transform

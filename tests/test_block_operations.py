@@ -187,26 +187,49 @@ def test_residual_of_another_type(path, kind):
 # ---------------------------------------------------------------------------- limits
 
 
-def with_another_type(value: Tensor | list[Tensor], index: int) -> Tensor | list[Tensor]:
-    """A tensor, or one of a list, as float64."""
+def with_another_type(name: str, place: int, index: int, kind: torch.dtype) -> list:
+    """Arguments of an operator with one tensor, perhaps one of a list, of another type."""
+    arguments = list(attend_arguments(1, 17, 3, 32) if name == "project_and_attend" else transform_arguments(33, 96, 384))
+    value = arguments[place]
     if isinstance(value, Tensor):
-        return value.double()
-    return [part.double() if place == index else part for place, part in enumerate(value)]
+        arguments[place] = value.to(kind)
+    else:
+        arguments[place] = [part.to(kind) if number == index else part for number, part in enumerate(value)]
+    return arguments
 
 
 @pytest.mark.parametrize(
     ("name", "place", "index"),
-    [("project_and_attend", place, 0) for place in (0, 1, 2, 3, 6)]
-    + [("project_and_transform", 0, 0)]
-    + [("project_and_transform", place, index) for place in (1, 3, 5, 6) for index in range(3)],
+    [("project_and_attend", place, 0) for place in (2, 3, 6)]
+    + [("project_and_transform", place, index) for place in (1, 5, 6) for index in (1, 2)]
+    + [("project_and_transform", 3, index) for index in range(3)],
 )
-def test_tensors_of_a_wrong_type_are_refused(path, name, place, index):
+def test_numbers_of_a_wrong_type_are_refused(path, name, place, index):
     if path == "torch":
         pytest.skip("torch has its own rules for types")
-    arguments = list(attend_arguments(1, 17, 3, 32) if name == "project_and_attend" else transform_arguments(33, 96, 384))
-    arguments[place] = with_another_type(arguments[place], index)
     with pytest.raises(TypeError, match="float64"):
-        getattr(block_operations, name)(*arguments)
+        getattr(block_operations, name)(*with_another_type(name, place, index, torch.float64))
+
+
+@pytest.mark.parametrize("kind", [torch.uint8, torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [("project_and_attend", place) for place in (0, 1)] + [("project_and_transform", place) for place in (0, 1, 5, 6)],
+)
+def test_bits_and_panels_of_a_wrong_type_are_refused(path, name, place, kind):
+    """Bytes above all: C would write four times as many as the output has."""
+    with pytest.raises(ValueError, match="bits, panels and outputs do not fit"):
+        getattr(block_operations, name)(*with_another_type(name, place, 0, kind))
+
+
+@pytest.mark.parametrize("place", [1, 3, 5, 6])
+def test_a_layer_of_more_or_fewer_tensors_is_refused(path, place):
+    arguments = list(transform_arguments(33, 96, 384))
+    whole = arguments[place]
+    for wrong in (whole[:2], [*whole, whole[2]]):
+        arguments[place] = wrong
+        with pytest.raises(ValueError, match="must be three tensors each"):
+            project_and_transform(*arguments)
 
 
 def test_no_rows_give_no_rows(path):

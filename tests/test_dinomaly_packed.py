@@ -11,7 +11,8 @@ from binarize.attention import SoftmaxAwareBinarization
 from binarize.kernels import engine
 from binarize.kernels.library import PATHS, available_paths, load_library
 from binarize.linear import BinaryLinear
-from binarize.runtime import FusedLinearAttention, PackedDecoderBlock, WeightOnlyLinear
+from binarize.packed_blocks import FusedLinearAttention, PackedDecoderBlock
+from binarize.runtime import WeightOnlyLinear
 from binarize.stages import attention_gates, binary_layers
 from models.build import RANDOM_TINY_ENCODER, build_dinomaly, build_encoder, build_encoder_without_weights
 from models.dinomaly import Dinomaly, DinomalyOptions

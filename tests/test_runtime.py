@@ -17,10 +17,10 @@ from binarize.attention import SoftmaxAwareBinarization
 from binarize.kernels import engine, operations
 from binarize.kernels.library import PATHS, available_paths, load_library
 from binarize.linear import BinarizationOptions, BinaryLinear
+from binarize.packed_blocks import PackedPrototypeBlock
 from binarize.runtime import (
     FoldedLinear,
     PackedLinear,
-    PackedPrototypeBlock,
     WeightOnlyLinear,
     bits_of_signs,
     fold,

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from binarize.int8 import to_int8
 from binarize.linear import BinarizationOptions
 from binarize.packed import read_file, to_bytes
-from binarize.runtime import pack_modules, prepare_modules
+from binarize.packed_blocks import pack_modules
+from binarize.runtime import prepare_modules
 from binarize.stages import binarize
 from common.errors import UserError
 from models.build import ENCODERS, build_encoder, build_encoder_without_weights
