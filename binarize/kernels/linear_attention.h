@@ -93,11 +93,13 @@ static void NAME(summarise)(const LinearAttention *a, int64_t task) {
     for (int64_t start = 0; start < a->tokens; start += ATTENTION_ROWS) {
         const int64_t count = a->tokens - start < ATTENTION_ROWS ? a->tokens - start : ATTENTION_ROWS;
         const int64_t first = image * a->tokens + start;
-        const float *keys = buffer, *values = buffer + block;
+        const float *keys, *values;
         if (a->projected) {
             keys = a->projected + first * stride + width + head * d;
             values = keys + width;
         } else {
+            keys = buffer;
+            values = buffer + block;
             NAME(project)(a, first, count, width + head * d, d, buffer);
             NAME(project)(a, first, count, 2 * width + head * d, d, buffer + block);
         }

@@ -65,7 +65,7 @@ def linear(bits: Tensor, panels: Tensor, in_features: int, scale: Tensor, bias: 
 def linear_to_bits(bits: Tensor, panels: Tensor, in_features: int, low: Tensor, span: Tensor) -> Tensor:
     """Bits that are 0 where low <= mismatches <= low + span; mismatches = (in_features - product) / 2."""
     mismatches = (in_features - products(bits, panels, in_features, len(low)).int()) // 2
-    return pack_signs((mismatches < low) | (mismatches > low + span))
+    return pack_signs((mismatches < low) | (mismatches - low > span))
 
 
 def prototype_attention(
