@@ -167,5 +167,5 @@ def check_product(bits: Tensor, panels: Tensor, in_features: int, *per_output: T
     fits = bits.shape[1:] == (words,) and panels.shape == (-(-len(per_output[0]) // 32), words, 32)
     fits = fits and bits.dtype == panels.dtype == torch.int32
     if not (fits and all(values.shape == outputs for values in per_output)):
-        types = f"{bits.dtype} and {panels.dtype}"
-        refuse(f"bits and panels ({types}) and outputs do not fit, or not to {in_features} inputs", bits, panels, *per_output)
+        what = f"bits, panels and outputs do not fit, or not to {in_features} inputs, or bits are not int32"
+        refuse(what, bits, panels, *per_output)
