@@ -99,7 +99,7 @@ def benchmark(arguments: argparse.Namespace) -> int:
             [f"# {host.name}, {name}, {crop} px, one image", "", *[f"* {line}" for line in describe_machine()]],
             ["## 1-bit linear layers (microseconds)", "", *layer_table(arguments.repeats)],
             ["## Parts and whole (milliseconds)", "", *time_table(variants, crop, arguments.repeats)],
-            ["## Bytes", "", *size_table(detector, stage_2, arguments.model)],
+            ["## Bytes, of random networks at stage 2 in each precision", "", *size_table(detector, stage_2, arguments.model)],
         ]
     text = "\n\n".join("\n".join(section) for section in sections) + "\n"
     print(text)

@@ -231,7 +231,7 @@ def test_runs_of_the_other_host_are_refused(runs, refused, script, other):
     assert "config.yaml' is of a run on {1}, this script trains {0};".format(*hosts) in sentence
     stage_2 = (*ITERATIONS, "--clb_stage", "2", "--save_name", "other-host", "--load_checkpoint")
     sentence = refused(*stage_2, str(folder / "model.pth"), script=script)
-    assert "host: expected {!r}, found {!r}".format(*hosts) in sentence
+    assert "model.pth' is a model of {1}, this script is for {0};".format(*hosts) in sentence
 
 
 def test_an_inp_run_from_before_there_were_two_hosts_is_tested_and_goes_on(runs, uncounted):

@@ -15,7 +15,8 @@ from models.build import RANDOM_TINY_ENCODER, build_encoder
 from tests.conftest import run_folder
 from tests.miniature import make_mvtec
 from utils.checkpoint import load_checkpoint
-from utils.detectors import INP_FORMER, restore_detector
+from utils.detectors import restore_detector
+from utils.hosts import INP_FORMER
 from utils.protocol import EvaluationOptions, image_score, smoothed_map
 
 NAME = "INP-Former-Multi-Class"

@@ -576,7 +576,7 @@ def test_results_of_both_hosts_are_trained_alike_and_measured_alike(table_script
         words(f"{start} {name}-stage2 --clb_stage 2 --total_iters 50 --resume --load_checkpoint {name}-stage1 {extra}"),
         words(f"{start} {name}-float-control --clb_stage 0 --total_iters 150 --resume {extra}"),
     ]
-    parser = base_parser("", DINOMALY if "Dinomaly" in script else INP_FORMER, ["single", "multi", "few"])
+    parser = base_parser("", DINOMALY if "Dinomaly" in script else INP_FORMER, [setting])
     assert {settings_of(parse(parser, command[1:])).evaluation for command in commands} == {EvaluationOptions()}
 
 

@@ -57,7 +57,10 @@ def base_parser(doc: str, host: Host, settings: Sequence[str]) -> argparse.Argum
 def _add_data_flags(group, settings: Sequence[str]) -> None:
     """Which images, and how they are read."""
     group.add_argument(
-        "--setting", choices=settings, default=settings[0], help="one model per category, one of all, few images"
+        "--setting",
+        choices=settings,
+        default=settings[0],
+        help="single: a model per category; multi: one of all; few: few images",
     )
     add_data_arguments(group)
     if "few" in settings:
@@ -223,7 +226,13 @@ def add_data_arguments(group) -> None:
 
 def add_few_shot_arguments(group) -> None:
     """The flags of the few-shot setting."""
-    group.add_argument("--shot", type=number(int, 1), default=DEFAULT_SHOT, metavar="K", help="training images per category")
+    group.add_argument(
+        "--shot",
+        type=number(int, 1),
+        default=DEFAULT_SHOT,
+        metavar="K",
+        help=f"training images per category (default {DEFAULT_SHOT})",
+    )
     group.add_argument(
         "--per_category",
         action=argparse.BooleanOptionalAction,

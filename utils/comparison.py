@@ -153,9 +153,10 @@ def compare_runs(folders: Iterable[Path]) -> Comparison:
     finished = [run for run in runs if run.rows]
     if not finished:
         raise UserError(f"no results in {' '.join(map(str, folders))}; train at least one category, or correct the run folders")
-    if len({run.protocol for run in finished}) > 1:
-        lines = "; ".join(f"{run.folders[0]}: {run.protocol}" for run in finished)
-        warnings.append(f"PROTOCOLS DIFFER, the rows are not comparable: {lines}")
+    protocols = {run.protocol: [other for other in finished if other.protocol == run.protocol] for run in finished}
+    if len(protocols) > 1:
+        lines = "; ".join(f"{' '.join(run.name for run in runs)}: {protocol}" for protocol, runs in protocols.items())
+        warnings.append(f"PROTOCOLS DIFFER, rows of different ones are not comparable: {lines}")
     return Comparison(_sections(finished), tuple(runs), tuple(missing), tuple(warnings))
 
 

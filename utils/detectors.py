@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 
 # What a checkpoint and the command that reads it must agree on: the network, the data it is for, and once binary, the bits.
-_NETWORK_KEYS = ("host", "encoder", "encoder_sha256", "pos_embed", "input_size", "crop_size")
+_NETWORK_KEYS = ("encoder", "encoder_sha256", "pos_embed", "input_size", "crop_size")
 _DATA_KEYS = ("dataset", "item", "items", "chosen_files")
 _BINARY_KEYS = ("act_bits", "sab", "weight_gradient", "activation_gradient")
 
@@ -62,6 +62,11 @@ def open_checkpoint(path: Path, expected: dict, stages: tuple[int, ...], purpose
         UserError: damaged, of another stage than `stages`, or of another model; shows expected and found.
     """
     content = load_checkpoint(path)
+    if content["host"] != expected["host"]:
+        raise UserError(
+            f"wrong model: {str(path)!r} is a model of {content['host']}, this script is for {expected['host']}; give one of "
+            "this host, or use the other's script"
+        )
     if content["stage"] not in stages:
         wanted = " or ".join(map(str, stages))
         raise UserError(

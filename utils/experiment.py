@@ -17,7 +17,7 @@ from utils.categories import CategoryData, ModelData
 from utils.detectors import description, restore_detector
 from utils.distributed import is_main, on_main, world_size
 from utils.evaluation import measure
-from utils.hosts import Host, described_network
+from utils.hosts import Host
 from utils.prepared_data import Places, plan_features
 from utils.report import write_cost
 from utils.results import report_category, scale_of_unknown
@@ -58,7 +58,8 @@ def log_start(experiment: Experiment) -> None:
     """Say what is about to happen, with which encoder, and how it will be measured."""
     settings, encoder = experiment.settings, experiment.encoder
     logger.info("run folder: %s, phase %s, device %s", experiment.run.path, settings.phase, experiment.device)
-    logger.info("network: %s, CLB stage %d", described_network(settings.config), settings.model.stage)
+    flags = [f"{flag} {settings.config[flag]}" for flag in experiment.host.network_flags]
+    logger.info("network: %s, CLB stage %d, %s", experiment.host.name, settings.model.stage, ", ".join(flags))
     logger.info("encoder: %s from %s (sha256 %s)", encoder.name, encoder.source, encoder.weights_sha256[:16])
     logger.info("evaluation: %s", settings.evaluation.describe())
 

@@ -83,15 +83,19 @@ def _add_dinomaly_flags(group: argparse._ArgumentGroup) -> None:
         help="rebuild patches relative to the class token (Dinomaly2)",
     )
     group.add_argument(
-        "--bottleneck_dropout", type=number(float, 0, 1), help="default 0.2, with several categories of Real-IAD 0.4"
+        "--bottleneck_dropout", type=number(float, 0, 0.9), help="default 0.2, in a model of all categories of Real-IAD 0.4"
     )
-    group.add_argument("--mining_final", type=number(float, 0, 1), default=0.9, help="share of tokens that become easy")
+    group.add_argument(
+        "--mining_final", type=number(float, 0, 1), default=0.9, help="share of tokens that become easy (default 0.9)"
+    )
     group.add_argument(
         "--mining_warmup",
         type=number(int, 0),
         help=f"iterations until then; default {MINING_WARMUP}, at most a fifth of the run",
     )
-    group.add_argument("--mining_factor", type=number(float, 0, 1), default=0.1, help="on the gradient of easy tokens")
+    group.add_argument(
+        "--mining_factor", type=number(float, 0, 1), default=0.1, help="on the gradient of easy tokens (default 0.1)"
+    )
 
 
 def _check_dinomaly(arguments: argparse.Namespace) -> None:
@@ -100,6 +104,8 @@ def _check_dinomaly(arguments: argparse.Namespace) -> None:
             f"--sab {arguments.sab} binarizes attention maps and linear attention has none; leave it out, or give "
             "--decoder_attention softmax"
         )
+    if arguments.total_epochs and arguments.total_iters:
+        raise UserError("--total_epochs and --total_iters both say how long to train; give one of them")
     if arguments.scoring == "prototype":
         raise UserError("--scoring prototype needs prototypes and Dinomaly has none; leave it out")
 
@@ -138,9 +144,9 @@ DINOMALY = Host(
         "mask_threshold": 0.0,
     },
     help={
-        "total_iters": "default 10000, with Real-IAD 50000, for one category 5000",
+        "total_iters": "default 10000, with Real-IAD 50000, for a model per category 5000",
         "total_epochs": "passes over the training images instead of iterations",
-        "adam_eps": "of StableAdamW; default 1e-10, for one category 1e-8 (of Real-IAD 1e-10)",
+        "adam_eps": "of StableAdamW; default 1e-10, for a model per category 1e-8 (but Real-IAD)",
         "sab": "softmax-aware binarization of attention maps; default mixed, with linear attention off",
         "scoring": "only reconstruction",
     },
