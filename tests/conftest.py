@@ -14,14 +14,23 @@ import Binary_INP_Few_Shot
 import Binary_INP_Multi_Class
 import Binary_INP_Single_Class
 from models.build import RANDOM_TINY_ENCODER, build_encoder, build_inp_former
+from models.encoder import state_sha256
 from tests.miniature import TINY_FLAGS, make_mvtec
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="session")
-def tiny_encoder():
+def session_encoder():
     return build_encoder(RANDOM_TINY_ENCODER, 56)
+
+
+@pytest.fixture
+def tiny_encoder(session_encoder):
+    """The encoder all tests share; a test that changes it fails itself, not another test far away."""
+    before = state_sha256(session_encoder.state_dict())
+    yield session_encoder
+    assert state_sha256(session_encoder.state_dict()) == before, "this test changed the encoder that all tests share"
 
 
 @pytest.fixture

@@ -73,8 +73,9 @@ def random_dinomaly(encoder: FrozenEncoder, **options) -> Dinomaly:
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in detector.named_parameters():
-            if not name.startswith("encoder."):
-                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+            if name.startswith("encoder."):
+                continue
+            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
             if name.endswith(("norm1.weight", "norm2.weight")):
                 parameter.add_(1)
     return detector.eval()
