@@ -16,7 +16,8 @@ from binarize.linear import BinarizationOptions, BinaryLinear
 from binarize.packed import from_bytes, read_file, to_bytes
 from binarize.stages import binarize, calibrate, scale_parameters
 from common.errors import UserError
-from utils.packed_model import PackingOptions, pack_detector, packed_bytes
+from utils.agreement import packed_copy
+from utils.packed_model import PackingOptions, packed_bytes
 
 # the format's types by their names in the header and in "compressed"; bfloat16 as its 16 bits
 HEADER_TYPES = {"I8": "i1", "U8": "u1", "I16": "<i2", "F16": "<f2", "BF16": "<u2", "F32": "<f4", "I32": "<i4", "I64": "<i8"}
@@ -170,8 +171,7 @@ def test_weights_in_the_file_are_the_signs_of_the_trained_ones(tiny_detector):
             signs[f"{name.replace('.attn', '')}.bits"] = weight >= weight.mean(axis=1, keepdims=True)
     assert len(signs) == 8 * 5
     options = PackingOptions("int8", "int8")
-    pack_detector(tiny_detector, options)
-    arrays, entry = plain_read(packed_bytes(tiny_detector, options, {"item": "bottle"}))
+    arrays, entry = plain_read(packed_bytes(packed_copy(tiny_detector, options), options, {"item": "bottle"}))
     assert entry["precision"] == {"encoder": "int8", "trained": "int8", "encoder_reference": False}
     assert {name for name in arrays if name.endswith(".bits")} == signs.keys()
     for name, expected in signs.items():
