@@ -13,9 +13,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from binarize.linear import BinaryLinear
 from binarize.stages import scale_parameters
 from models.detector import Detector
+from models.state_space import StateSpaceBlock
 
 BINARY_MAC_SHARE = 1 / 64
 _ENCODER = "encoder"
+_PARTS_OF_A_BLOCK = {
+    "attn": "attention",
+    "mlp": "MLP",
+    **dict.fromkeys(("in_proj", "out_proj"), "projections"),
+    **dict.fromkeys(("", "convolution", "x_proj", "step_weight", "step_bias", "log_decay", "skip", "start"), "scan"),
+}
 
 
 @dataclass(frozen=True)
@@ -77,7 +84,7 @@ class _MapPass(torch.nn.Module):
 
 
 def _count_macs(detector: Detector, crop_size: int) -> dict[str, int]:
-    """MACs of matrix products, convolutions and attention that each module does itself, by module name ("" is the detector).
+    """MACs of products, convolutions, attention and scans that each module does itself, by module name ("" is the detector).
 
     Runs on shapes alone, without data. The encoder counts as one module.
     """
@@ -101,6 +108,9 @@ def _count_macs(detector: Detector, crop_size: int) -> dict[str, int]:
             if parent in counted:
                 own[parent] -= macs
                 break
+    for name, module in detector.named_modules():
+        if isinstance(module, StateSpaceBlock):  # its scan is no matrix product
+            own[name] += module.scan_macs
     return own
 
 
@@ -110,7 +120,7 @@ def _part_name(name: str) -> str:
     if fields[0] != "decoder":
         return fields[0]
     kind = fields[2] if len(fields) > 2 else ""
-    return {"attn": "decoder attention", "mlp": "decoder MLP"}.get(kind, "decoder norms")
+    return f"decoder {_PARTS_OF_A_BLOCK.get(kind, 'norms')}"
 
 
 def cost_table(detector: Detector, crop_size: int) -> dict[str, Cost]:

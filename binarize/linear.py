@@ -46,7 +46,8 @@ class BinaryLinear(nn.Module):
         binary = cls(linear.in_features, linear.out_features, options)
         with torch.no_grad():
             binary.weight.copy_(linear.weight)
-            binary.bias.copy_(linear.bias)
+            if linear.bias is not None:
+                binary.bias.copy_(linear.bias)
             binary.alpha.copy_(binary.centred_weight().abs().mean(dim=1))
         return binary.to(linear.weight.device)
 

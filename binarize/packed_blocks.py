@@ -17,6 +17,7 @@ from models.layers import (
     softmax_map,
     split_heads,
 )
+from models.state_space import StateSpaceBlock
 
 
 class PackedBlock(nn.Module):
@@ -138,6 +139,20 @@ class PackedMlp(nn.Module):
         return self.fc2(self.fc1(bits), residual)
 
 
+class OnBits(nn.Module):
+    """Packed layers one after the other, between neighbours that give and take floats (..., channels)."""
+
+    def __init__(self, *layers: PackedLinear | FoldedLinear):
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        bits = operations.pack(inputs.reshape(-1, inputs.shape[-1]), self.layers[0].threshold)
+        for layer in self.layers:
+            bits = layer(bits)
+        return bits.view(*inputs.shape[:-1], -1)
+
+
 def _packed_mlp(mlp: Mlp) -> nn.Module:
     return PackedMlp(mlp) if isinstance(mlp.fc1, BinaryLinear) else mlp
 
@@ -153,13 +168,25 @@ _PACKED_BLOCKS = {PrototypeDecoderBlock: PackedPrototypeBlock, DecoderBlock: Pac
 def pack_modules(detector: Detector) -> None:
     """Replace everything binary in a detector by its packed form, in place; `prepare_modules` must follow."""
     for index, block in enumerate(detector.decoder):
-        if _is_on_bits(block.attn.proj):
+        if isinstance(block, StateSpaceBlock):
+            _pack_state_space(block)
+        elif _is_on_bits(block.attn.proj):
             detector.decoder[index] = _PACKED_BLOCKS[type(block)](block)
     for module in list(detector.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, BinaryLinear):
                 setattr(module, name, WeightOnlyLinear(child))
     fuse_linear_attention(detector)
+
+
+def _pack_state_space(block: StateSpaceBlock) -> None:
+    """The scan and all else stays float: each packed layer turns its own inputs into bits."""
+    for name in ("in_proj", "out_proj"):
+        if _is_on_bits(getattr(block, name)):
+            setattr(block, name, OnBits(PackedLinear(getattr(block, name))))
+    if block.mlp is not None and _is_on_bits(block.mlp.fc1):
+        packed = _packed_mlp(block.mlp)
+        block.mlp = OnBits(packed.fc1, packed.fc2)
 
 
 def _is_on_bits(layer: nn.Module) -> bool:

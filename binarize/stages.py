@@ -10,6 +10,7 @@ from binarize.attention import BinaryPrototypeAttention, BinarySoftmaxAttention,
 from binarize.linear import BinarizationOptions, BinaryLinear
 from models.detector import Detector
 from models.layers import LinearSelfAttention, PrototypeAttention, SoftmaxSelfAttention
+from models.state_space import StateSpaceBlock
 
 STAGES = (0, 1, 2)
 _BINARY_ATTENTION = {PrototypeAttention: BinaryPrototypeAttention, SoftmaxSelfAttention: BinarySoftmaxAttention}
@@ -18,12 +19,23 @@ _BINARY_ATTENTION = {PrototypeAttention: BinaryPrototypeAttention, SoftmaxSelfAt
 def binarize(detector: Detector, stage: int, options: BinarizationOptions) -> None:
     """Bring the decoder blocks of a detector to `stage`, in place; what is binary already stays as it is."""
     for block in detector.decoder:
+        if isinstance(block, StateSpaceBlock):
+            _binarize_state_space(block, stage, options)
+            continue
         if stage >= 1 and type(block.attn) in _BINARY_ATTENTION:
             block.attn = _BINARY_ATTENTION[type(block.attn)](block.attn, options)
         if stage >= 1 and isinstance(block.attn, LinearSelfAttention):  # has no map: layers are all that can be binary
             _binarize_layers(block.attn, ("qkv", "proj"), options)
         if stage >= 2:
             _binarize_layers(block.mlp, ("fc1", "fc2"), options)
+
+
+def _binarize_state_space(block: StateSpaceBlock, stage: int, options: BinarizationOptions) -> None:
+    """VarAD: the projections around the scan stand for the attention; the scan itself and what feeds it stay float."""
+    if stage >= 1:
+        _binarize_layers(block, ("in_proj", "out_proj"), options)
+    if stage >= 2:
+        _binarize_layers(block.mlp, ("fc1", "fc2"), options)
 
 
 def _binarize_layers(module: nn.Module, names: tuple[str, ...], options: BinarizationOptions) -> None:
@@ -80,9 +92,11 @@ def scale_parameters(detector: nn.Module) -> list[nn.Parameter]:
 
 
 def parameter_groups(detector: Detector, weight_decay: float) -> list[dict]:
-    """Two optimiser groups: weights with decay; scales, thresholds and gates of the binary layers without."""
-    scales = scale_parameters(detector)
-    without = {id(parameter) for parameter in scales}
+    """Two optimiser groups: weights with decay; scales, thresholds, gates and what the detector excepts without."""
+    without = {id(parameter): parameter for parameter in scale_parameters(detector) + detector.parameters_without_decay()}
     decayed = [parameter for parameter in detector.trainable_parameters() if id(parameter) not in without]
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": scales, "weight_decay": 0.0}]
+    groups = [
+        {"params": decayed, "weight_decay": weight_decay},
+        {"params": list(without.values()), "weight_decay": 0.0},
+    ]
     return [group for group in groups if group["params"]]

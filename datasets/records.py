@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 from common.errors import UserError
 from datasets.images import DEFAULT_MAX_PIXELS, image_size, load_image, load_mask
-from datasets.transforms import image_transform, mask_transform
+from datasets.transforms import Interpolation, image_transform, mask_transform
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class ImageDataset(Dataset):
 
     Attributes:
         resized: what `resized_image` gave for every index, to be read instead of the files; None to read the files.
-        identity: what besides files and sizes determines an image: nothing.
+        identity: what besides files, sizes and interpolation determines an image: nothing.
     """
 
     identity: dict = {}
@@ -88,11 +88,13 @@ class ImageDataset(Dataset):
         crop_size: int,
         max_pixels: int = DEFAULT_MAX_PIXELS,
         resized: Sequence[np.ndarray] | None = None,
+        interpolation: Interpolation = "bilinear",
     ):
         self.records = records
         self.input_size, self.crop_size, self.max_pixels, self.resized = input_size, crop_size, max_pixels, resized
-        self._transform_image = image_transform(input_size, crop_size)
-        self._transform_mask = mask_transform(input_size, crop_size)
+        self.interpolation = interpolation
+        self._transform_image = image_transform(input_size, crop_size, interpolation)
+        self._transform_mask = mask_transform(input_size, crop_size, interpolation)
 
     def __len__(self) -> int:
         return len(self.records)

@@ -1,6 +1,7 @@
 """The numbers of every model, in one place: names to sizes, sizes to networks."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import timm
 import torch
@@ -10,38 +11,51 @@ from common.errors import UserError
 from models.dinomaly import Dinomaly, DinomalyOptions
 from models.encoder import FrozenEncoder, find_weights, load_encoder_weights, state_sha256, to_timm_names
 from models.inp_former import INPFormer
+from models.varad import VarAD, VarADOptions
+
+Taps = Literal["middle", "thirds"]  # eight blocks as they are; the ends of three equal parts, each with the final norm
 
 _MIDDLE_TAPS = list(range(2, 10))
 
 
 @dataclass(frozen=True)
 class EncoderNumbers:
-    """Size of an encoder: token width, heads of the decoder that follows it, tapped blocks, patch side in pixels."""
+    """Size of an encoder: token width, heads of the decoder that follows it, blocks tapped in the middle, patch side in pixels.
+
+    `depth`: blocks in all.
+    """
 
     timm_name: str | None
     embed_dim: int
     num_heads: int
     taps: list[int]
     patch_size: int
+    depth: int
+
+    def tapped(self, taps: Taps) -> list[int]:
+        """0-based indices of the blocks that leave the encoder."""
+        return self.taps if taps == "middle" else [self.depth * part // 3 - 1 for part in (1, 2, 3)]
 
 
 def _family(prefix: str, pattern: str, patch_size: int, sizes: tuple[str, ...]) -> dict[str, EncoderNumbers]:
     numbers = {
-        "small": (384, 6, _MIDDLE_TAPS),
-        "base": (768, 12, _MIDDLE_TAPS),
-        "large": (1024, 16, list(range(4, 19, 2))),
+        "small": (384, 6, _MIDDLE_TAPS, patch_size, 12),
+        "base": (768, 12, _MIDDLE_TAPS, patch_size, 12),
+        "large": (1024, 16, list(range(4, 19, 2)), patch_size, 24),
     }
-    return {
-        f"{prefix}_vit_{size}_{patch_size}": EncoderNumbers(pattern.format(size), *numbers[size], patch_size) for size in sizes
-    }
+    return {f"{prefix}_vit_{size}_{patch_size}": EncoderNumbers(pattern.format(size), *numbers[size]) for size in sizes}
 
 
 RANDOM_TINY_ENCODER = "random_vit_tiny_14"
 ENCODERS: dict[str, EncoderNumbers] = {
     **_family("dinov2reg", "vit_{}_patch14_reg4_dinov2.lvd142m", 14, ("small", "base", "large")),
-    **_family("dinov2", "vit_{}_patch14_dinov2.lvd142m", 14, ("small", "base")),
+    **_family("dinov2", "vit_{}_patch14_dinov2.lvd142m", 14, ("small", "base", "large")),
     **_family("dinov3", "vit_{}_patch16_dinov3.lvd1689m", 16, ("small", "base", "large")),
-    RANDOM_TINY_ENCODER: EncoderNumbers(None, 32, 2, _MIDDLE_TAPS, 14),  # for tests: its weights know nothing
+    # ablations of VarAD
+    "vit_base_16": EncoderNumbers("vit_base_patch16_224.augreg2_in21k_ft_in1k", 768, 12, _MIDDLE_TAPS, 16, 12),
+    "clip_vit_base_16": EncoderNumbers("vit_base_patch16_clip_quickgelu_224.openai", 768, 12, _MIDDLE_TAPS, 16, 12),
+    "mae_vit_base_16": EncoderNumbers("vit_base_patch16_224.mae", 768, 12, _MIDDLE_TAPS, 16, 12),
+    RANDOM_TINY_ENCODER: EncoderNumbers(None, 32, 2, _MIDDLE_TAPS, 14, 10),  # for tests: its weights know nothing
 }
 
 
@@ -60,25 +74,28 @@ def check_sizes(encoder_name: str, input_size: int, crop_size: int) -> None:
 
 
 def build_encoder(
-    name: str, crop_size: int, weights_file: str | None = None, position_embedding: str = "paper"
+    name: str, crop_size: int, weights_file: str | None = None, position_embedding: str = "paper", taps: Taps = "middle"
 ) -> FrozenEncoder:
     """The frozen encoder `name` for crop_size x crop_size images; raises UserError if its weights cannot be had."""
     numbers = ENCODERS[name]
     vit = _build_vit(name, crop_size)
     if name == RANDOM_TINY_ENCODER:
         state, source = vit.state_dict(), "random weights, for tests only"
-        return FrozenEncoder(vit, numbers.taps, name, source, state_sha256(state), _count(state))
+        return _tapped(vit, name, taps, source, state_sha256(state), _count(state))
     state, source = find_weights(name, numbers.timm_name, weights_file)
     sha256 = load_encoder_weights(vit, state, crop_size // numbers.patch_size, position_embedding, source)
-    return FrozenEncoder(vit, numbers.taps, name, source, sha256, _count(to_timm_names(state)))
+    return _tapped(vit, name, taps, source, sha256, _count(to_timm_names(state)))
 
 
 def build_encoder_without_weights(
-    name: str, crop_size: int, source: str, weights_sha256: str, published_parameters: int
+    name: str, crop_size: int, source: str, weights_sha256: str, published_parameters: int, taps: Taps = "middle"
 ) -> FrozenEncoder:
     """The encoder `name` with random weights, to be overwritten by those it is said to have."""
-    vit = _build_vit(name, crop_size)
-    return FrozenEncoder(vit, ENCODERS[name].taps, name, source, weights_sha256, published_parameters)
+    return _tapped(_build_vit(name, crop_size), name, taps, source, weights_sha256, published_parameters)
+
+
+def _tapped(vit: torch.nn.Module, name: str, taps: Taps, source: str, sha256: str, parameters: int) -> FrozenEncoder:
+    return FrozenEncoder(vit, ENCODERS[name].tapped(taps), name, source, sha256, parameters, final_norm=taps == "thirds")
 
 
 def published_parameter_count(name: str) -> int:
@@ -105,7 +122,7 @@ def _random_tiny_vit(numbers: EncoderNumbers, crop_size: int) -> VisionTransform
             img_size=crop_size,
             patch_size=numbers.patch_size,
             embed_dim=numbers.embed_dim,
-            depth=numbers.taps[-1] + 1,
+            depth=numbers.depth,
             num_heads=numbers.num_heads,
             num_classes=0,
         )
@@ -119,3 +136,8 @@ def build_inp_former(encoder: FrozenEncoder, prototype_count: int) -> INPFormer:
 def build_dinomaly(encoder: FrozenEncoder, options: DinomalyOptions) -> Dinomaly:
     """Dinomaly with the width of its encoder, freshly initialised from torch's global generator."""
     return Dinomaly(encoder, ENCODERS[encoder.name].num_heads, options)
+
+
+def build_varad(encoder: FrozenEncoder, options: VarADOptions) -> VarAD:
+    """VarAD on an encoder built with the taps `thirds`, freshly initialised from torch's global generator."""
+    return VarAD(encoder, options)

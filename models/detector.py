@@ -1,7 +1,7 @@
 """What every detector offers: images in, anomaly map out. Training, evaluation and reports are written against this."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ class Detector(nn.Module, ABC):
     """
 
     encoder: nn.Module
+    trains_encoder = False  # with true, `encode` changes during the training and nothing of it can be cached
 
     @abstractmethod
     def encode(self, images: Tensor) -> Tensor:
@@ -35,6 +36,9 @@ class Detector(nn.Module, ABC):
     def begin_iteration(self, iteration: int, total_iterations: int) -> None:
         """Told before each training step, counted from 0, for what follows a schedule; does nothing by default."""
 
+    def calibrate(self, batches: Iterable[Tensor]) -> None:
+        """Learn from batches of inputs of normal images, once the training is over; does nothing by default."""
+
     def features_of(self, inputs: Tensor) -> Tensor:
         """Encode images, pass features through."""
         is_image = inputs.ndim == 4 and inputs.shape[1] == 3
@@ -43,6 +47,10 @@ class Detector(nn.Module, ABC):
     def trainable_parameters(self) -> Iterator[Parameter]:
         """Parameters the optimiser changes."""
         return (parameter for parameter in self.parameters() if parameter.requires_grad)
+
+    def parameters_without_decay(self) -> list[Parameter]:
+        """Those of them that the optimiser does not draw to zero; none by default (binary layers' scales are known anyway)."""
+        return []
 
     def trained_state(self) -> dict[str, Tensor]:
         """State dict without the frozen encoder: what a checkpoint stores."""

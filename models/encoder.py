@@ -34,11 +34,21 @@ class FrozenEncoder(nn.Module):
         source: where the weights came from, for logs and reports.
         weights_sha256: hash of the weights' content (see `state_sha256`).
         published_parameters: size of the encoder as published, with the blocks after the last tap.
+        final_norm: let every output pass through the ViT's final norm.
     """
 
-    def __init__(self, vit: nn.Module, taps: list[int], name: str, source: str, weights_sha256: str, published_parameters: int):
+    def __init__(
+        self,
+        vit: nn.Module,
+        taps: list[int],
+        name: str,
+        source: str,
+        weights_sha256: str,
+        published_parameters: int,
+        final_norm: bool = False,
+    ):
         super().__init__()
-        vit.prune_intermediate_layers(taps, prune_norm=True, prune_head=True)
+        vit.prune_intermediate_layers(taps, prune_norm=not final_norm, prune_head=True)
         self.vit = vit
         self.taps = taps
         self.name = name
@@ -48,23 +58,33 @@ class FrozenEncoder(nn.Module):
         self.embed_dim = vit.embed_dim
         self.patch_size = vit.patch_embed.patch_size[0]
         self.prefix_tokens = vit.num_prefix_tokens
+        self.final_norm = final_norm
         self.requires_grad_(False)
         self.eval()
+
+    @property
+    def grid(self) -> int:
+        """Patches per side."""
+        return self.vit.patch_embed.grid_size[0]
 
     def train(self, mode: bool = True) -> "FrozenEncoder":
         """Stay in evaluation mode whatever the surrounding model does."""
         return super().train(False)
 
-    @torch.no_grad()
-    def forward(self, images: Tensor, with_prefix: bool = False) -> list[Tensor]:
-        """Patch tokens (B, N, C) of every tapped block for images (B, 3, H, W); raw block outputs, no final norm.
+    def forward(self, images: Tensor, with_prefix: bool = False, differentiable: bool = False) -> list[Tensor]:
+        """Patch tokens (B, N, C) of every tapped block for images (B, 3, H, W); raw block outputs, unless `final_norm`.
 
-        `with_prefix` puts the class token and the registers, `prefix_tokens` in all, before the patches.
+        `with_prefix` puts the class token and the registers, `prefix_tokens` in all, before the patches; `differentiable` lets
+        gradients reach what others add inside the encoder.
         """
+        with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
+            return self._tapped(images, with_prefix)
+
+    def _tapped(self, images: Tensor, with_prefix: bool) -> list[Tensor]:
         outputs = self.vit.forward_intermediates(
             images.to(next(self.vit.parameters()).dtype),
             indices=self.taps,
-            norm=False,
+            norm=self.final_norm,
             output_fmt="NLC",
             intermediates_only=True,
             stop_early=True,

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from models.encoder import FrozenEncoder
 from models.layers import Mlp, PrototypeDecoderBlock, PrototypeExtractorBlock
 from models.losses import nearest_prototype_distance, prototype_coherence_loss, soft_mining_loss
-from models.reconstruction import DECODER_DEPTH, ReconstructionDetector, initialise_decoder
+from models.reconstruction import DECODER_DEPTH, ReconstructionDetector, enlarged, initialise_decoder
 
 COHERENCE_WEIGHT = 0.2
 
@@ -50,7 +50,7 @@ class INPFormer(ReconstructionDetector):
         """
         fused = self.fuse(self.features_of(inputs))
         distance = nearest_prototype_distance(fused.float(), self.prototypes(fused).float())
-        return self.enlarged(distance.unsqueeze(1))
+        return enlarged(distance.unsqueeze(1), self.encoder.patch_size)
 
     def training_loss(self, inputs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean soft mining loss of the two groups + 0.2 x prototype coherence (+ distillation, if a teacher is set)."""

@@ -29,6 +29,14 @@ def group_means(layers: list[Tensor], groups: int = 2) -> Tensor:
     return torch.stack([torch.stack(layers[start : start + size]).mean(dim=0) for start in range(0, len(layers), size)], dim=1)
 
 
+def enlarged(distances: Tensor, patch_size: int) -> Tensor:
+    """Token distances (B, K, N) -> the mean of the K maps at the input's resolution (B, H, W), bilinear."""
+    grid = math.isqrt(distances.shape[-1])
+    size = grid * patch_size
+    maps = F.interpolate(distances.unflatten(-1, (grid, grid)), size=(size, size), mode="bilinear", align_corners=True)
+    return maps.mean(dim=1)
+
+
 class ReconstructionDetector(Detector):
     """Means of encoder taps are the target, means of decoder blocks (last block first) the reconstruction.
 
@@ -96,14 +104,8 @@ class ReconstructionDetector(Detector):
             goal = self._teacher[0].reconstruct(features)
         return {"distillation": self._distillation_weight * cosine_distance(goal.float(), reconstruction.float()).mean()}
 
-    def enlarged(self, distances: Tensor) -> Tensor:
-        """Token distances (B, K, N) -> the mean of the K maps at the input's resolution (B, H, W), bilinear."""
-        grid = math.isqrt(distances.shape[-1])
-        size = grid * self.encoder.patch_size
-        maps = F.interpolate(distances.unflatten(-1, (grid, grid)), size=(size, size), mode="bilinear", align_corners=True)
-        return maps.mean(dim=1)
-
     @torch.no_grad()
     def anomaly_map(self, inputs: Tensor) -> Tensor:
         features = self.features_of(inputs)
-        return self.enlarged(cosine_distance(self.target(features).float(), self.reconstruct(features).float()))
+        distances = cosine_distance(self.target(features).float(), self.reconstruct(features).float())
+        return enlarged(distances, self.encoder.patch_size)

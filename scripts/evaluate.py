@@ -65,7 +65,8 @@ def measure_model(
     """What a packed model makes of a category, and the threshold of its verdicts."""
     detector, description = load_packed(path, choose_device(arguments.device), arguments.encoder_weights)
     sizes, protocol = description["preprocessing"], EvaluationOptions.from_config(description["protocol"])
-    images = ImageDataset(records, sizes["input_size"], sizes["crop_size"], arguments.max_pixels)
+    interpolation = sizes.get("interpolation", "bilinear")  # older files do not say it
+    images = ImageDataset(records, sizes["input_size"], sizes["crop_size"], arguments.max_pixels, interpolation=interpolation)
     measurement = measure(detector, images, protocol, 1, 0, "fp32", item, arguments.metrics_memory, layout)
     return measurement, description["decision"]["threshold"]
 

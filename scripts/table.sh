@@ -81,7 +81,7 @@ train_stages() { # SCRIPT SAVE_NAME DATASET SEED [further flags]: the stages of 
 train() { # SCRIPT FLAGS: one training; a failure is noted, Ctrl-C and SIGTERM end the table
     local script=$1 launcher=() command code=0
     shift
-    [ "${NPROC:-1}" = 1 ] || launcher=(-m torch.distributed.run --nproc_per_node "$NPROC") # torchrun of that python
+    [ "${NPROC:-1}" = 1 ] || launcher=(-m torch.distributed.run --nproc_per_node "$NPROC" --) # torchrun of that python; it would take --m for its own
     # shellcheck disable=SC2086  # lists of words
     command=("$python" "${launcher[@]}" "$script" "$@" ${ITEMS:+--item $ITEMS} ${ITERS:+--total_iters "$ITERS"}
         --save_dir "$save_dir" ${ENCODER:+--encoder "$ENCODER"} ${ENCODER_WEIGHTS:+--encoder_weights "$ENCODER_WEIGHTS"}

@@ -99,5 +99,5 @@ def command_line(tmp_path: Path, data: Path | None, dataset: str, *flags: str) -
 def run_folder(tmp_path: Path, save_name: str = "INP-Former-Single-Class", dataset: str | None = "Folder") -> Path:
     """Where such a run lies; without a data set in its name where several are joined."""
     data = "" if dataset is None else f"_dataset={dataset}"
-    prototypes = "" if "inomaly" in save_name else "_INP_num=6"  # Dinomaly has none, and its tests name their runs so
+    prototypes = "" if "inomaly" in save_name or "VarAD" in save_name else "_INP_num=6"  # only INP-Former has them
     return tmp_path / "runs" / f"{save_name}{data}_Encoder=random_vit_tiny_14_Resize=64_Crop=56{prototypes}"

@@ -8,7 +8,8 @@ import yaml
 from common.errors import UserError
 from utils.arguments import base_parser, parse
 from utils.hosts import INP_FORMER
-from utils.settings import Settings, settings_of
+from utils.protocol import EvaluationOptions
+from utils.settings import Settings, changed_protocol, settings_of
 
 NAME = "INP-Former-Single-Class"
 
@@ -82,6 +83,28 @@ def test_impossible_values_end_with_code_2(flags):
 def test_even_smoothing_kernel():
     with pytest.raises(UserError, match="use 5, or 0 for none"):
         settings("--smoothing_kernel", "4")
+
+
+@pytest.mark.parametrize("size", [1, 15])
+def test_a_metric_size_too_small_for_a_map(size):
+    with pytest.raises(UserError, match=f"--metric_size {size} is less than 16 and not 0"):
+        settings("--metric_size", str(size))
+
+
+def test_varads_protocol_by_flags():
+    flags = ("--metric_size", "0", "--smoothing_border", "reflect", "--smoothing_kernel", "33", "--max_ratio", "0")
+    made = settings(*flags, "--interpolation", "bicubic", "--mask_threshold", "0")
+    assert made.evaluation == EvaluationOptions(
+        mask_threshold=0.0, smoothing_kernel=33, max_ratio=0.0, metric_size=0, smoothing_border="reflect"
+    )
+    assert (made.data.interpolation, made.identity["interpolation"]) == ("bicubic", "bicubic")
+
+
+def test_a_run_from_before_there_was_a_choice_of_size_and_border_was_measured_with_the_defaults():
+    stored = {key: value for key, value in settings().config.items() if key not in ("metric_size", "smoothing_border")}
+    assert changed_protocol(stored, settings()) == []
+    changed = settings("--metric_size", "0", "--smoothing_border", "reflect")
+    assert changed_protocol(stored, changed) == ["metric_size=0", "smoothing_border=reflect"]
 
 
 SIZES = "_Encoder=dinov2reg_vit_base_14_Resize=448_Crop=392_INP_num=6"

@@ -140,6 +140,19 @@ def test_dataset_item_is_the_plain_computation(tmp_path):
     assert (item["label"], item["path"], item["item"], item["has_pixel_truth"]) == (1, str(record.path), "part", True)
 
 
+def test_bicubic_image_and_nearest_mask_are_the_plain_computation(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 255, (50, 70, 3), dtype=np.uint8)
+    mask = np.zeros((50, 70), np.uint8)
+    mask[20:31, 21:40] = 200
+    record = Record(save(tmp_path / "a.png", pixels), 1, "part", (save(tmp_path / "m.png", mask),))
+    item = ImageDataset([record], 40, 28, interpolation="bicubic")[0]
+    resized = np.asarray(Image.fromarray(pixels).resize((40, 40), Image.Resampling.BICUBIC))[6:34, 6:34] / 255
+    expected = (resized - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
+    np.testing.assert_allclose(item["image"].numpy(), expected.transpose(2, 0, 1), atol=1e-5)
+    rows, columns = (((np.arange(6, 34) + 0.5) * length / 40).astype(int) for length in (50, 70))
+    np.testing.assert_array_equal(item["mask"].numpy()[0], mask[np.ix_(rows, columns)] > 0)
+
+
 def test_several_masks_are_united(tmp_path):
     masks = []
     for index in range(2):

@@ -10,7 +10,7 @@ from scipy import stats
 
 import Binary_Dinomaly
 import models.dinomaly
-import utils.training
+import utils.optim
 from models.build import build_dinomaly, build_encoder_without_weights, published_parameter_count
 from models.dinomaly import Dinomaly, DinomalyOptions, DinomalyTraining
 from models.losses import hard_mining_loss
@@ -190,7 +190,7 @@ def test_training_tells_the_loss_its_share_and_the_optimiser_its_epsilon(tiny_en
         return StableAdamW(groups, **options)
 
     monkeypatch.setattr(models.dinomaly, "hard_mining_loss", mine)
-    monkeypatch.setattr(utils.training, "StableAdamW", optimiser)
+    monkeypatch.setattr(utils.optim, "StableAdamW", optimiser)
     detector = build_dinomaly(tiny_encoder, DinomalyOptions())
     detector.train_with(DinomalyTraining(mining_final=0.8, mining_warmup=4, mining_factor=0.3))
     options = TrainingOptions(

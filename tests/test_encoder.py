@@ -311,7 +311,7 @@ def test_no_weights_and_no_network_is_a_user_error_that_says_what_to_fetch(name,
         build_encoder(name, 224)
     message = str(error.value)
     assert "model.safetensors" in message
-    assert f"https://huggingface.co/timm/{ENCODERS[name].timm_name}" in message
+    assert f"https://huggingface.co/{timm.get_pretrained_cfg(ENCODERS[name].timm_name).hf_hub_id}" in message
     assert "--encoder_weights" in message
     assert "\n" not in message
 
@@ -358,7 +358,7 @@ def small_family(monkeypatch):
         assert (name, pretrained, num_classes) == ("small_timm", False, 0)
         return small_vit(img_size // 14)
 
-    monkeypatch.setitem(ENCODERS, "small", EncoderNumbers("small_timm", CHANNELS, 2, [0, 2], 14))
+    monkeypatch.setitem(ENCODERS, "small", EncoderNumbers("small_timm", CHANNELS, 2, [0, 2], 14, 3))
     monkeypatch.setattr("timm.create_model", create_model)
 
 

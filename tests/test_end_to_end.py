@@ -13,8 +13,8 @@ from PIL import Image
 from tests.conftest import REPOSITORY, run_folder
 from tests.miniature import make_mvtec
 from utils.checkpoint import load_checkpoint
+from utils.hosts import INP_FORMER
 from utils.metrics import METRIC_NAMES
-from utils.settings import STAGE_SUFFIXES
 
 ITEMS = ("bottle", "nut")
 
@@ -33,7 +33,7 @@ def test_float_stage_1_stage_2_test_and_comparison(tmp_path, start_process):
     finish(start_process("--clb_stage", "1", "--total_iters", "12", "--load_checkpoint", f"{name}-FP", data=data))
     stage_2 = ("--clb_stage", "2", "--total_iters", "12", "--load_checkpoint", name)
     output = finish(start_process(*stage_2, "--distill", "1", "--distill_teacher", f"{name}-FP", data=data))
-    folders = [run_folder(tmp_path, name + suffix) for suffix in STAGE_SUFFIXES.values()]
+    folders = [run_folder(tmp_path, name + suffix) for suffix in INP_FORMER.stage_suffixes]
     assert f"report: {folders[2] / 'report.html'}" in output
 
     for stage, folder in enumerate(folders):
@@ -52,7 +52,7 @@ def test_float_stage_1_stage_2_test_and_comparison(tmp_path, start_process):
 
     page = tmp_path / "comparison.html"
     printed = _run_tool("report", *map(str, folders), "--html", str(page))
-    for folder, suffix in zip(folders, STAGE_SUFFIXES.values(), strict=True):
+    for folder, suffix in zip(folders, INP_FORMER.stage_suffixes, strict=True):
         mean = list(csv.DictReader((folder / "results.csv").open()))[-1]
         row = next(line.split() for line in printed.splitlines() if line.split()[:1] == [name + suffix])
         assert row[3] == f"{100 * float(mean['I-AUROC']):.2f}"

@@ -1,6 +1,7 @@
 """The evaluation protocol: resizing, smoothing, image score, mask rule, and what happens when a map or memory fails."""
 
 import weakref
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,11 +11,19 @@ from torch import Tensor, nn
 
 from common.errors import NumericError
 from models.detector import Detector
+from utils.arguments import base_parser, parse
+from utils.categories import ModelData
 from utils.evaluation import calibrate_scale, evaluate
+from utils.hosts import INP_FORMER
 from utils.protocol import EvaluationOptions, binary_mask, gaussian_kernel, image_score, smoothed_map
+from utils.results import calibrations_of
+from utils.settings import settings_of
 
 PUBLISHED = EvaluationOptions()
 PLAIN = EvaluationOptions(smoothing_kernel=0)
+VARAD = EvaluationOptions(
+    mask_threshold=0.0, smoothing_kernel=33, smoothing_sigma=4.0, max_ratio=0.0, metric_size=0, smoothing_border="reflect"
+)
 
 
 class FirstChannel(Detector):
@@ -154,9 +163,84 @@ def test_mask_is_nearest_then_above_the_threshold(side, threshold):
     grey = np.random.default_rng(side).choice([0.0, 0.25, 0.5, 0.500001, 1.0], (2, 1, side, side)).astype(np.float32)
     nearest = np.arange(256) * side // 256
     expected = grey[:, 0][:, nearest][:, :, nearest] > threshold
-    result = binary_mask(torch.from_numpy(grey), threshold)
+    result = binary_mask(torch.from_numpy(grey), EvaluationOptions(mask_threshold=threshold))
     assert result.dtype == torch.bool
     np.testing.assert_array_equal(result.numpy(), expected)
+
+
+def reflected(index: int, size: int) -> int:
+    """Where scipy's reflect reads beyond a border: d c b a | a b c d | d c b a."""
+    index %= 2 * size
+    return index if index < size else 2 * size - 1 - index
+
+
+def slow_reflected_gaussian(image: np.ndarray, radius: int, sigma: float) -> np.ndarray:
+    """Gaussian of one axis after the other in float64, tap by tap."""
+    weights = {offset: np.exp(-(offset**2) / (2 * sigma**2)) for offset in range(-radius, radius + 1)}
+    for _ in range(2):
+        size = len(image)
+        rows = [
+            sum(weight * image[reflected(row + offset, size)] for offset, weight in weights.items()) / sum(weights.values())
+            for row in range(size)
+        ]
+        image = np.array(rows).T
+    return image
+
+
+@pytest.mark.parametrize(("side", "kernel", "sigma"), [(56, 33, 4.0), (17, 5, 2.0), (16, 41, 4.0)])
+def test_reflected_smoothing_of_maps_at_their_own_size(side, kernel, sigma):
+    maps = np.random.default_rng(side).random((2, side, side)).astype(np.float32)
+    options = replace(VARAD, smoothing_kernel=kernel, smoothing_sigma=sigma)
+    smoothed = smoothed_map(torch.from_numpy(maps), options)
+    assert smoothed.dtype == torch.float32
+    for image, result in zip(maps.astype(np.float64), smoothed.numpy(), strict=True):
+        np.testing.assert_allclose(result, slow_reflected_gaussian(image, kernel // 2, sigma), atol=2e-6)
+
+
+def test_a_reflected_border_is_not_darkened():
+    smoothed = smoothed_map(torch.ones(1, 40, 40), VARAD)
+    np.testing.assert_allclose(smoothed.numpy(), 1.0, atol=1e-6)
+
+
+def test_varads_maps_are_those_of_its_release():
+    """There the Gaussian has scipy's own radius, 4 sigma."""
+    maps = np.random.default_rng(0).random((2, 70, 70)).astype(np.float32)
+    expected = np.stack([ndimage.gaussian_filter(image, sigma=4) for image in maps])
+    smoothed = smoothed_map(torch.from_numpy(maps), VARAD)
+    np.testing.assert_array_equal(smoothed.numpy(), expected)
+    np.testing.assert_array_equal(image_score(smoothed, VARAD.max_ratio).numpy(), expected.max(axis=(1, 2)))
+
+
+@pytest.mark.parametrize("size", [16, 100, 300])
+def test_maps_and_masks_have_the_metric_size(size):
+    generator = np.random.default_rng(size)
+    maps, grey = generator.random((2, 70, 70)), generator.random((2, 1, 70, 70)).astype(np.float32)
+    options = replace(PLAIN, metric_size=size)
+    for image, result in zip(maps, smoothed_map(torch.from_numpy(maps).float(), options).numpy(), strict=True):
+        np.testing.assert_allclose(result, slow_resize(image, size), atol=2e-5)  # float32 positions
+    nearest = np.arange(size) * 70 // size
+    masks = binary_mask(torch.from_numpy(grey), options)
+    np.testing.assert_array_equal(masks.numpy(), grey[:, 0][:, nearest][:, :, nearest] > 0.5)
+
+
+def test_maps_and_masks_of_the_crop_are_kept_as_they_are():
+    generator = torch.Generator().manual_seed(0)
+    maps, grey = torch.rand(2, 70, 70, generator=generator), torch.rand(2, 1, 70, 70, generator=generator)
+    options = replace(PLAIN, metric_size=0)
+    assert torch.equal(smoothed_map(maps, options), maps)
+    assert torch.equal(binary_mask(grey, options), grey[:, 0] > 0.5)
+    assert [options.map_side(70), PLAIN.map_side(70)] == [70, 256]
+
+
+def test_the_protocols_in_words():
+    assert PUBLISHED.describe() == (
+        "maps at 256x256; smoothing: Gaussian 5x5, sigma 4, zeros beyond the border; image score: mean of the top 1.0% of "
+        "pixels; mask: > 0.5; AUPRO: exact up to FPR 0.3; P-AP: exact, step-wise"
+    )
+    assert VARAD.describe() == (
+        "maps at the crop's size; smoothing: Gaussian 33x33, sigma 4, reflected at the border; image score: maximum pixel; "
+        "mask: > 0; AUPRO: exact up to FPR 0.3; P-AP: exact, step-wise"
+    )
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 5])
@@ -177,6 +261,27 @@ def test_evaluate_returns_every_image_in_order(batch_size):
     for record, mask in zip(data, evaluation.masks, strict=True):
         np.testing.assert_array_equal(mask, record["mask"][0].numpy()[nearest][:, nearest] == 1)
     assert evaluation.mean_gate is None
+
+
+def test_evaluation_at_the_crops_size():
+    data = records()
+    evaluation = run(FirstChannel(), data, VARAD)
+    images = np.stack([record["image"][0].numpy() for record in data])
+    expected = np.stack([ndimage.gaussian_filter(image, sigma=4) for image in images])
+    np.testing.assert_array_equal(evaluation.maps, expected)
+    np.testing.assert_array_equal(evaluation.scores, expected.max(axis=(1, 2)))
+    np.testing.assert_array_equal(evaluation.masks, np.stack([record["mask"][0].numpy() == 1 for record in data]))
+
+
+@pytest.mark.parametrize(("largest", "step"), [(100, 1), (56, 1), (55, 2), (28, 2), (27, 3)])
+def test_of_thinned_maps_evenly_spaced_rows_and_columns_are_kept(largest, step):
+    whole, data = run(FirstChannel(), records(), VARAD), records()
+    thinned = evaluate(FirstChannel(), data, VARAD, 2, 0, "fp32", "bottle", largest)
+    assert thinned.maps.shape[1:] == thinned.masks.shape[1:] == (len(range(0, 56, step)),) * 2
+    np.testing.assert_array_equal(thinned.maps, whole.maps[:, ::step, ::step])
+    np.testing.assert_array_equal(thinned.masks, whole.masks[:, ::step, ::step])
+    np.testing.assert_array_equal(thinned.scores, whole.scores)
+    assert thinned.paths == whole.paths
 
 
 def test_evaluation_leaves_out_images_without_pixel_truth_from_pixel_metrics():
@@ -236,6 +341,16 @@ def test_scale_at_another_quantile():
     assert scale["map_limit"] == pytest.approx(ordered[int(0.95 * len(ordered))], abs=1e-5)
 
 
+def test_scale_of_large_maps_is_that_of_an_even_grid():
+    flags = ["--data_path", "data", "--metric_size", "512", "--smoothing_kernel", "0", "--num_workers", "0"]
+    settings = settings_of(parse(base_parser("", INP_FORMER, ["single"]), flags))
+    model, data = ModelData("bottle", [], one_of_many=True, variants=1), records()
+    scale = calibrations_of(settings, FirstChannel(), {"bottle": data}, model)["calibration"]
+    whole = run(FirstChannel(), data, replace(PLAIN, metric_size=512))
+    assert scale == calibrate_scale(replace(whole, maps=whole.maps[:, ::2, ::2]))
+    assert scale["map_limit"] == pytest.approx(calibrate_scale(whole)["map_limit"], abs=1e-3)
+
+
 def test_part_of_an_evaluation_is_that_of_its_images():
     data = records()
     part, alone = run(FirstChannel(), data).part(slice(1, 4)), run(FirstChannel(), data[1:4])
@@ -248,3 +363,4 @@ def test_no_images_have_an_empty_evaluation():
     evaluation = run(FirstChannel(), [])
     assert (evaluation.paths, evaluation.mean_gate) == ([], None)
     assert evaluation.maps.shape == evaluation.masks.shape == (0, 256, 256)
+    assert not run(FirstChannel(), [], VARAD).maps.size

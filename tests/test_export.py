@@ -30,6 +30,7 @@ from utils.detectors import load_detector
 from utils.evaluation import evaluate as score_images
 from utils.metrics import METRIC_NAMES
 from utils.packed_model import PackingOptions, load_packed
+from utils.prediction import Predictor
 from utils.protocol import EvaluationOptions
 
 FLOAT = ("--encoder_precision", "fp32", "--trained_precision", "fp32")
@@ -220,6 +221,24 @@ def test_threshold_and_scale_from_given_normal_images(trained, exported, tmp_pat
     assert description["calibration"]["map_median"] == pytest.approx(np.median(maps), rel=1e-6)
     assert description["calibration"]["map_limit"] == pytest.approx(np.quantile(maps, 0.999), rel=1e-6)
     assert decision["threshold"] != decision_of(exported(trained.model(2), name="plain.binaryad")[0])["threshold"]
+
+
+def test_resize_border_and_size_of_a_training_go_with_the_file(trained, exported, tmp_path):
+    flags = ("--clb_stage", "1", "--interpolation", "bicubic", "--metric_size", "0", "--smoothing_border", "reflect")
+    command = command_line(tmp_path, trained.data, "Folder", *flags, "--total_iters", "2", "--quiet")
+    assert Binary_INP_Single_Class.main(command) == 0
+    generator = np.random.default_rng(8)
+    photos = [save(tmp_path / "large" / f"{index}.png", texture(generator, side=90)) for index in range(3)]
+    checkpoint = run_folder(tmp_path) / "bottle" / "model.pth"
+    file, _, _ = exported(checkpoint, "--calibration_images", tmp_path / "large", "--threshold_quantile", "1")
+    packed, description = load_packed(file)
+    assert description["preprocessing"]["interpolation"] == "bicubic"
+    options = EvaluationOptions(metric_size=0, smoothing_border="reflect")
+    assert EvaluationOptions.from_config(description["protocol"]) == options
+    data = ImageDataset([Record(path, 0, "bottle") for path in photos], 64, 56, interpolation="bicubic")
+    scores = score_images(packed, data, options, 1, 0, "fp32", "images").scores
+    assert [prediction.score for prediction in map(Predictor.load(file), photos)] == scores.tolist()
+    assert decision_of(file)["threshold"] == pytest.approx(scores.max(), rel=1e-12)
 
 
 # ---------------------------------------------------------------------------- sizes

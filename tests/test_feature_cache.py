@@ -15,8 +15,14 @@ from datasets.few_shot import FewShotDataset
 from datasets.mvtec import train_records
 from datasets.records import ImageDataset
 from tests.miniature import make_mvtec
+from utils.arguments import base_parser, parse
+from utils.array_file import content_key
 from utils.cache_plan import plan_cache
+from utils.categories import CategoryData, ModelData
 from utils.feature_cache import FeatureDataset, bytes_per_image, cache_features, cached_count
+from utils.hosts import INP_FORMER
+from utils.prepared_data import prepare
+from utils.settings import settings_of
 
 IDENTITY = {"encoder_sha256": "a", "precision": "fp32"}
 
@@ -88,6 +94,58 @@ def test_whatever_changes_the_features_changes_the_key(images, encode, tmp_path)
     os.utime(images.records[0].path, ns=(1, 1))
     cached(images, encode, tmp_path)
     assert len(list(tmp_path.glob("*.npy"))) == len(variants) + 1
+
+
+@pytest.mark.parametrize("shot", [(), ("--shot", "2")])
+def test_bicubic_images_have_features_of_their_own(images, tiny_detector, tmp_path, shot):
+    category = CategoryData("bottle", None, images.records[:2], [], [], [])
+    model = ModelData("bottle", [category], one_of_many=True, variants=22 if shot else 1)
+    found = {}
+    for interpolation in ("bilinear", "bicubic"):
+        flags = ["--data_path", "data", "--input_size", "60", "--crop_size", "56", "--save_dir", str(tmp_path), *shot]
+        parser = base_parser("", INP_FORMER, ["few" if shot else "single"])
+        settings = settings_of(parse(parser, [*flags, "--interpolation", interpolation, "--num_workers", "0"]))
+        train = prepare(settings, model, tiny_detector, {"train": "disk", "test": "off"}, {"bottle"}).train
+        plain = ImageDataset(images.records[:2], 60, 56, interpolation=interpolation)
+        assert torch.equal(train[0]["image"], tiny_detector.encode(plain[0]["image"][None])[0].half().float())
+        found[interpolation] = train[0]["image"]
+    assert len(list(tmp_path.glob("feature_cache/*.npy"))) == 2
+    assert not torch.equal(found["bilinear"], found["bicubic"])
+
+
+def test_features_of_bilinear_images_keep_the_name_from_before_there_was_a_choice(images, tiny_detector, tmp_path):
+    flags = [
+        "--data_path",
+        "data",
+        "--input_size",
+        "64",
+        "--crop_size",
+        "56",
+        "--save_dir",
+        str(tmp_path),
+        "--num_workers",
+        "0",
+    ]
+    settings = settings_of(parse(base_parser("", INP_FORMER, ["single"]), flags))
+    prepare(
+        settings,
+        ModelData("bottle", [CategoryData("bottle", None, images.records, [], [], [])], True, 1),
+        tiny_detector,
+        {"train": "disk", "test": "off"},
+        {"bottle"},
+    )
+    identity = {
+        "encoder_sha256": tiny_detector.encoder.weights_sha256,
+        "taps": tiny_detector.encoder.taps,
+        **tiny_detector.feature_identity(),
+        "pos_embed": "paper",
+        "precision": "fp32",
+        "format": 1,
+        "input_size": 64,
+        "crop_size": 56,
+    }
+    (file,) = tmp_path.glob("feature_cache/*.npy")
+    assert file.stem == content_key(images.records, identity)
 
 
 def test_interrupted_encoding_leaves_nothing(images, encode, tmp_path):

@@ -2,8 +2,10 @@
 
 import logging
 import os
+from dataclasses import replace
 
 import numpy as np
+import PIL
 import pytest
 import torch
 from PIL import Image
@@ -12,6 +14,7 @@ import utils.cache_plan
 from common.errors import ResourceError, UserError
 from datasets.records import ImageDataset, Record
 from tests.miniature import save
+from utils.array_file import content_key
 from utils.image_cache import cache_images
 
 
@@ -73,6 +76,27 @@ def test_file_depends_on_images_and_size_but_not_on_the_crop(images, tmp_path):
     os.utime(images.records[0].path, ns=(1, 1))
     cache_images(images, "disk", tmp_path / "cache", 0, "test")
     assert len(list((tmp_path / "cache").iterdir())) == 4
+
+
+def test_bicubic_images_have_a_file_of_their_own_and_are_the_same_to_the_last_bit(images, tmp_path):
+    bilinear = cache_images(images, "disk", tmp_path / "cache", 0, "test")
+    mask = save(tmp_path / "mask.png", np.random.default_rng(1).integers(0, 2, (90, 70), dtype=np.uint8))
+    defective = replace(images.records[0], label=1, masks=(mask,))
+    plain = ImageDataset([defective, *images.records[1:]], 64, 56, interpolation="bicubic")
+    cached = cache_images(plain, "disk", tmp_path / "cache", 0, "test")
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+    for index in range(5):
+        assert torch.equal(cached[index]["image"], plain[index]["image"])
+        assert torch.equal(cached[index]["mask"], plain[index]["mask"])
+    assert cached[0]["mask"].any()
+    assert not torch.equal(cached[0]["image"], bilinear[0]["image"])
+
+
+def test_files_of_bilinear_images_keep_the_names_from_before_there_was_a_choice(images, tmp_path):
+    cache_images(images, "disk", tmp_path / "cache", 0, "test")
+    identity = {"resized_format": 1, "input_size": 64, "pillow": PIL.__version__}
+    (file,) = (tmp_path / "cache").iterdir()
+    assert file.stem == content_key(images.records, identity)
 
 
 def test_file_that_was_cut_short_is_made_anew(images, tmp_path, caplog):

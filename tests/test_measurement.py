@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from scipy.ndimage import gaussian_filter
+from sklearn.metrics import average_precision_score, roc_auc_score
 from torch import Tensor
 
 from common.errors import NumericError, UserError
@@ -40,7 +42,7 @@ LITTLE = 1e-6  # GB
 class Images:
     """Random images with random square defects; every second is defective, of the kinds in turn; the last has no mask."""
 
-    input_size, crop_size, max_pixels = 64, 56, 10**8
+    input_size, crop_size, max_pixels, interpolation = 64, 56, 10**8, "bilinear"
 
     def __init__(self, count: int = 11, damaged: int | None = None):
         self.records = [
@@ -183,11 +185,54 @@ class Steps(FirstChannel):
         return F.interpolate((inputs[:, :1] * 20).round() / 20, (256, 256))[:, 0]
 
 
+class CropSteps(FirstChannel):
+    """Few distinct scores at the crop's size."""
+
+    def anomaly_map(self, inputs: Tensor) -> Tensor:
+        return (inputs[:, 0] * 20).round() / 20
+
+
+def test_maps_are_measured_at_the_crops_size():
+    options, data = EvaluationOptions(smoothing_kernel=9, metric_size=0, smoothing_border="reflect"), Images()
+    measurement, evaluation = run(data, options=options), evaluated(data, options)
+    known = evaluation.has_pixel_truth
+    masks = np.stack([data.mask(index)[0].numpy() > 0.5 for index in range(len(data))])
+    smoothed = np.stack([gaussian_filter(data.image(index)[0].numpy(), 4, radius=4) for index in range(len(data))])
+    truth, pixels = masks[known].ravel(), smoothed[known].ravel()
+    assert measurement.metrics["P-AUROC"] == pytest.approx(roc_auc_score(truth, pixels), abs=1e-12)
+    assert measurement.metrics["P-AP"] == pytest.approx(average_precision_score(truth, pixels), abs=1e-12)
+    assert measurement.metrics == named(evaluation.metrics("exact"))
+
+
+def test_saturating_regions_are_measured_at_the_crops_size():
+    data, options = Images(), EvaluationOptions(smoothing_kernel=0, metric_size=0)
+    maps, regions = [], []
+    for index in range(len(data)):
+        if data.records[index].has_pixel_truth:
+            maps.append((data.image(index)[0].numpy() * 20).round() / 20)
+            mask = data.mask(index)[0].numpy() > 0.5
+            regions.append([DefectRegion(mask, 0.4 * mask.sum())] if mask.any() else [])
+    expected = slow_saturated_overlap(np.stack(maps), regions)
+    assert 0.1 < expected < 0.9
+    assert run(data, CropSteps(), options, LOCO).metrics["AU-sPRO"] == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize(("size", "memory"), [(0, "0.00025"), (112, "0.001"), (256, "0.0052")])
+def test_memory_of_exact_metrics_follows_from_the_maps_size(size, memory, caplog):
+    """10 images of known truth, 4 bytes a pixel, and 100 bytes for a tenth of the pixels of the 4 defective ones."""
+    options, data = EvaluationOptions(metric_size=size), Images()
+    binned = run(data, options=options, memory=LITTLE)
+    assert f"exact pixel metrics need about {memory} GB" in caplog.records[0].getMessage()
+    exact = run(data, options=options).metrics
+    for name in METRIC_NAMES:
+        assert abs(binned.metrics[name] - exact[name]) <= binned.pixel_error
+
+
 def test_a_region_keeps_its_share_on_the_grid():
     """Image 100 x 200, resized to 64 x 64, cropped to 56 x 56, seen at 256 x 256: 1 pixel becomes 1 / 0.2048 x (256 / 56)^2."""
     mask = np.zeros((100, 200), bool)
     mask[25:75, 50:150] = True
-    whole, small = regions_on_grid([DefectRegion(mask, 5000.0), DefectRegion(mask, 10.0)], 64, 56, 0.5)
+    whole, small = regions_on_grid([DefectRegion(mask, 5000.0), DefectRegion(mask, 10.0)], 64, 56, OPTIONS)
     density = 64 * 64 / (100 * 200) * (256 / 56) ** 2
     assert whole.mask.sum() == pytest.approx(5000 * density, rel=0.03)
     assert whole.saturation == pytest.approx(min(5000 * density, whole.mask.sum()), abs=1e-9)
@@ -202,8 +247,25 @@ def test_the_crop_takes_regions_away_or_a_part_of_them():
     outside, partial = np.zeros((64, 64), bool), np.zeros((64, 64), bool)
     outside[:4] = True
     partial[0:8, 4:60] = True
-    (kept,) = regions_on_grid([DefectRegion(outside, 9.0), DefectRegion(partial, 448.0)], 64, 56, 0.5)
+    (kept,) = regions_on_grid([DefectRegion(outside, 9.0), DefectRegion(partial, 448.0)], 64, 56, OPTIONS)
     assert kept.saturation == kept.mask.sum() == pytest.approx(224 * (256 / 56) ** 2, rel=0.05)
+
+
+def test_regions_on_the_crops_own_pixels():
+    mask = np.zeros((64, 64), bool)
+    mask[10:20, 10:20] = True
+    (region,) = regions_on_grid([DefectRegion(mask, 30.0)], 64, 56, EvaluationOptions(metric_size=0))
+    np.testing.assert_array_equal(region.mask, mask[4:-4, 4:-4])
+    assert region.saturation == pytest.approx(30.0)
+
+
+def test_regions_beside_bicubic_images_take_the_nearest_pixel():
+    mask = np.zeros((100, 100), bool)
+    mask[31:58, 40:43] = True
+    centres = ((np.arange(64) + 0.5) * 100 / 64).astype(int)[4:-4]
+    options = EvaluationOptions(mask_threshold=0.7, metric_size=0)
+    (region,) = regions_on_grid([DefectRegion(mask, 9.0)], 64, 56, options, "bicubic")
+    np.testing.assert_array_equal(region.mask, mask[np.ix_(centres, centres)])
 
 
 class Prototypes(SmallMemory):

@@ -18,7 +18,7 @@ import utils.prediction
 import utils.result_files
 from common.errors import NumericError, UserError
 from datasets.catalog import LAYOUTS, ListingOptions
-from datasets.records import ImageDataset
+from datasets.records import ImageDataset, Record
 from datasets.transforms import IMAGENET_MEAN, IMAGENET_STD
 from tests.miniature import save, texture
 from tests.test_evaluation import FirstChannel
@@ -92,10 +92,10 @@ def slow_placed_map(anomaly_map: np.ndarray, size: tuple[int, int], input_size: 
     positions = []
     for length in reversed(size):
         resized = (np.arange(length) + 0.5) / length * input_size
-        positions.append((resized - start) / crop_size * 256)
+        positions.append((resized - start) / crop_size * len(anomaly_map))
     y, x = np.meshgrid(*positions, indexing="ij")
     values = ndimage.map_coordinates(anomaly_map.astype(np.float64), [y - 0.5, x - 0.5], order=1, mode="nearest")
-    inside = (y >= 0) & (y < 256) & (x >= 0) & (x < 256)
+    inside = (y >= 0) & (y < len(anomaly_map)) & (x >= 0) & (x < len(anomaly_map))
     return np.where(inside, values, np.nan)
 
 
@@ -106,6 +106,44 @@ def test_map_lies_where_the_model_looked(size, input_size, crop_size):
     placed = placed_map(torch.from_numpy(anomaly_map), size, input_size, crop_size)
     assert placed.dtype == np.float32
     np.testing.assert_allclose(placed, slow_placed_map(anomaly_map, size, input_size, crop_size), atol=2e-5)
+
+
+@pytest.mark.parametrize("side", [16, 56, 100, 300])
+@pytest.mark.parametrize(("size", "crop_size"), [((300, 171), 56), ((33, 60), 56), ((64, 64), 64)])
+def test_map_of_any_size_lies_where_the_model_looked(side, size, crop_size):
+    anomaly_map = np.random.default_rng(0).random((side, side), np.float32)
+    placed = placed_map(torch.from_numpy(anomaly_map), size, 64, crop_size)
+    np.testing.assert_allclose(placed, slow_placed_map(anomaly_map, size, 64, crop_size), atol=2e-5)
+
+
+def test_a_map_at_the_photographs_size_is_placed_as_it_is():
+    anomaly_map = np.random.default_rng(0).random((70, 70), np.float32)
+    np.testing.assert_array_equal(placed_map(torch.from_numpy(anomaly_map), (70, 70), 70, 70), anomaly_map)
+
+
+def test_a_bicubic_model_at_the_crops_size_is_called_as_it_was_measured(tmp_path):
+    texture_of_20 = texture(np.random.default_rng(0))[:20, :20]
+    record = Record(save(tmp_path / "a.png", texture_of_20), 0, "part")
+    options = EvaluationOptions(smoothing_kernel=9, max_ratio=0.0, metric_size=0, smoothing_border="reflect")
+    content = metadata(70, 70, **vars(options))
+    content["preprocessing"]["interpolation"] = "bicubic"
+    prediction = Predictor(FirstChannel(), content, "cpu")(record.path)
+    resized = np.asarray(Image.fromarray(texture_of_20).resize((70, 70), Image.Resampling.BICUBIC))[..., 0] / 255
+    normalised = ((resized - IMAGENET_MEAN[0]) / IMAGENET_STD[0]).astype(np.float32)
+    expected = ndimage.gaussian_filter(normalised, 4, radius=4)
+    assert prediction.score == pytest.approx(expected.max(), abs=1e-5)
+    np.testing.assert_allclose(prediction.map, slow_placed_map(expected, (20, 20), 70, 70), atol=2e-5)
+    evaluation = evaluate(
+        FirstChannel(), ImageDataset([record], 70, 70, interpolation="bicubic"), options, 1, 0, "fp32", "part"
+    )
+    assert prediction.score == evaluation.scores[0]
+
+
+def test_an_unknown_interpolation_is_refused(tiny_detector):
+    other = metadata()
+    other["preprocessing"]["interpolation"] = "lanczos"
+    with pytest.raises(UserError, match="interpolation 'lanczos', this program knows bilinear and bicubic"):
+        Predictor(tiny_detector, other, "cpu")
 
 
 def test_map_of_a_ramp_is_the_ramp():

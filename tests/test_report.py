@@ -13,7 +13,7 @@ from tests.miniature import save
 from tests.run_folders import make_run
 from utils.evaluation import Evaluation
 from utils.metrics import METRIC_NAMES
-from utils.pictures import heat_map, outline, outline_level, pick_worst_and_best, write_contact_sheet
+from utils.pictures import heat_map, model_view, outline, outline_level, pick_worst_and_best, write_contact_sheet
 from utils.report import format_results, points_at_most, write_run_report
 from utils.result_files import MetricsLog, read_metrics, read_results, write_pixel_errors, write_results, write_scores
 from utils.settings import DataOptions
@@ -116,6 +116,30 @@ def test_contact_sheet_of_few_images_without_masks(tmp_path):
     data = DataOptions("Folder", None, None, ListingOptions(), None, 64, 56, 10**6, False, "off")
     write_contact_sheet(tmp_path / "maps" / "sheet.jpg", evaluation, CALIBRATION, data)
     assert Image.open(tmp_path / "maps" / "sheet.jpg").size[0] > 1000
+
+
+def test_pictures_show_what_a_bicubic_model_sees_at_the_maps_size(tmp_path):
+    photo = np.random.default_rng(0).integers(0, 255, (30, 50, 3), dtype=np.uint8)
+    path = save(tmp_path / "a.png", photo)
+    data = DataOptions("Folder", None, None, ListingOptions(), None, 64, 56, 10**6, False, "off", "bicubic")
+    resized = Image.fromarray(photo).resize((64, 64), Image.Resampling.BICUBIC)
+    np.testing.assert_array_equal(model_view(path, data, 56), np.asarray(resized)[4:-4, 4:-4])
+
+
+@pytest.mark.parametrize("side", [128, 256, 1000])
+def test_contact_sheet_looks_alike_whatever_the_maps_size(tmp_path, side):
+    """Its fourth tile: a defect found at its upper left quarter, outlined in red at the same place and about as wide."""
+    path = save(tmp_path / "a.png", np.zeros((30, 50, 3), np.uint8))
+    found = np.zeros((1, side, side), np.float32)
+    found[0, side // 4 : side // 2, side // 4 : side // 2] = 9.0
+    evaluation = Evaluation([str(path)], np.array([1]), np.array([0.2]), found, np.zeros(found.shape, bool), np.array([True]))
+    data = DataOptions("Folder", None, None, ListingOptions(), None, 64, 56, 10**6, False, "off")
+    write_contact_sheet(tmp_path / "sheet.jpg", evaluation, CALIBRATION, data)
+    tile = np.asarray(Image.open(tmp_path / "sheet.jpg"))[66:242, 552:728, 0]
+    marked = np.argwhere(tile > 100)
+    assert marked.min(axis=0) == pytest.approx([44, 44], abs=3)
+    assert marked.max(axis=0) == pytest.approx([88, 88], abs=3)
+    assert len(marked) == pytest.approx(4 * 44 * 2, rel=0.5)
 
 
 def test_report_of_one_model_shows_its_loss_once_and_every_category_of_every_data_set(tmp_path):

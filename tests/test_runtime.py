@@ -540,7 +540,8 @@ def test_file_that_only_names_its_encoder_finds_the_weights_or_says_what_is_wron
     content, packed = file_of(2, 1, "mixed", PackingOptions("fp32", "fp32", encoder_reference=True))
     asked = []
 
-    def look_up(name, crop_size, weights_file, position_embedding):
+    def look_up(name, crop_size, weights_file, position_embedding, taps):
+        assert taps == "middle"
         asked.append((name, crop_size, weights_file, position_embedding))
         return build_encoder(name, crop_size)
 

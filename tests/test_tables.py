@@ -2,9 +2,7 @@
 
 import csv
 import json
-import os
 import re
-import subprocess
 import sys
 
 import pytest
@@ -16,6 +14,7 @@ from scripts import report
 from tests.conftest import REPOSITORY
 from tests.miniature import make_mvtec
 from tests.run_folders import make_run, row
+from tests.table_scripts import table_runner
 from utils.arguments import base_parser, parse
 from utils.comparison import compare_runs
 from utils.comparison_tables import category_table, claim_lines, cost_table, overview, provenance_table, result_table
@@ -86,6 +85,7 @@ def test_published_rows_are_the_papers():
         ("MVTec-AD,cable,91.7", "MVTec-AD,cable,good", "float"),
         ("MVTec-AD,cable,91.7", "MVTec-AD,cable,", "no metric"),
         ("README of jj258/BinaryAD", "", "source"),
+        ("dinov2_vit_small_14,1024,,0,", "dinov2_vit_small_14,1024,,,", "metric_size"),
         ("kind,method", "sort,method", "columns"),
         ("MVTec-AD,cable,91.7", "MVTec-AD,91.7", "cells"),
     ],
@@ -384,43 +384,10 @@ def test_the_preset_for_laptops_parses():
     assert (parsed.encoder, parsed.crop_size, parsed.total_iters) == ("dinov2_vit_small_14", 280, 200)
 
 
-STUB = f"""#!{sys.executable}
-import json, os, sys
-with open(os.environ["STUB_LOG"], "a") as file:
-    file.write(json.dumps(sys.argv[1:]) + "\\n")
-words = " ".join(sys.argv[1:])
-for pattern, code in json.loads(os.environ.get("STUB_CODES", "{{}}")).items():
-    if pattern in words:
-        sys.exit(code)
-"""
-
-
 @pytest.fixture
 def table_script(tmp_path):
     """Run a table script with a python that only records its command lines; (exit code, command lines, process)."""
-    stub = tmp_path / "stub"
-    stub.write_text(STUB)
-    stub.chmod(0o755)
-
-    def run(name: str, *flags: str, codes: dict | None = None, **environment: str):
-        log = tmp_path / "log"
-        log.write_text("")
-        started = subprocess.run(
-            ["bash", str(REPOSITORY / "scripts" / f"{name}.sh"), *flags],
-            env={
-                "PATH": os.environ["PATH"],
-                "PYTHON": str(stub),
-                "STUB_LOG": str(log),
-                "STUB_CODES": json.dumps(codes or {}),
-                "SAVE_DIR": "runs",
-                **environment,
-            },
-            capture_output=True,
-            text=True,
-        )
-        return started.returncode, [json.loads(line) for line in log.read_text().splitlines()], started
-
-    return run
+    return table_runner(tmp_path)
 
 
 def words(text: str) -> list[str]:
@@ -476,7 +443,7 @@ def test_environment_reaches_the_trainings(table_script):
         "EXTRA": "--input_size 64 --crop_size=56 --device cpu",
     }  # fmt: skip
     _, commands, _ = table_script("table_few_shot", **environment)
-    launcher = "-m torch.distributed.run --nproc_per_node 2 Binary_INP_Few_Shot.py --config configs/table_few_shot.yaml"
+    launcher = "-m torch.distributed.run --nproc_per_node 2 -- Binary_INP_Few_Shot.py --config configs/table_few_shot.yaml"
     data = "--dataset MVTec-AD --data_path data/mvtec --phase train --clb_stage 2 --load_checkpoint"
     end = (
         "--item bottle cable --total_iters 100 --save_dir runs --encoder dinov2reg_vit_small_14 --encoder_weights w.pth "

@@ -9,13 +9,14 @@ from binarize.stages import STAGES
 from datasets.catalog import LAYOUTS, ListingOptions
 from datasets.few_shot import DEFAULT_SHOT
 from datasets.images import DEFAULT_MAX_PIXELS
+from datasets.transforms import Interpolation
 from models.build import ENCODERS
 from utils.config_file import config_tokens
 from utils.converters import dataset_names, number
 from utils.hosts import Host
 from utils.loading import default_worker_count
-from utils.optim import DEFAULT_WARMUP
-from utils.protocol import Scoring
+from utils.optim import DEFAULT_WARMUP, OPTIMIZERS
+from utils.protocol import DEFAULT_METRIC_SIZE, Scoring, SmoothingBorder
 
 
 class OneSentenceParser(argparse.ArgumentParser):
@@ -68,6 +69,12 @@ def _add_data_flags(group, settings: Sequence[str]) -> None:
     group.add_argument("--input_size", type=number(int, 1), default=448, help="images are resized to this square")
     group.add_argument(
         "--crop_size", type=number(int, 1), default=392, help="then cropped to this one, a multiple of the patch"
+    )
+    group.add_argument(
+        "--interpolation",
+        choices=get_args(Interpolation),
+        default="bilinear",
+        help="of that resize; with bicubic masks take the nearest pixel",
     )
     group.add_argument(
         "--skip_bad_images",
@@ -138,8 +145,10 @@ def _add_training_flags(group) -> None:
     group.add_argument("--final_learning_rate", type=number(float, 0), default=1e-4, help="at the end of the cosine")
     group.add_argument("--warmup_iters", type=number(int, 0), help=f"default {DEFAULT_WARMUP}, at most a fifth of the run")
     group.add_argument("--weight_decay", type=number(float, 0), default=1e-4)
-    group.add_argument("--adam_eps", type=number(float, 1e-30), default=1e-10, help="of StableAdamW")
-    group.add_argument("--gradient_clip", type=number(float, 1e-9), default=0.1, help="largest global gradient norm")
+    group.add_argument("--optimizer", choices=OPTIMIZERS, default="stable_adamw")
+    group.add_argument("--adam_beta1", type=number(float, 0, 0.9999), default=0.9, help="decay of its first moment")
+    group.add_argument("--adam_eps", type=number(float, 1e-30), default=1e-10, help="added to its denominator")
+    group.add_argument("--gradient_clip", type=number(float, 0), default=0.1, help="largest global gradient norm; 0: any")
     group.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=1)
     group.add_argument("--device", default="auto", metavar="auto|cpu|cuda[:i]")
     group.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
@@ -160,6 +169,15 @@ def _add_evaluation_flags(group) -> None:
     )
     group.add_argument("--smoothing_kernel", type=number(int, 0), default=5, help="odd side in pixels, 0 for none")
     group.add_argument("--smoothing_sigma", type=number(float, 1e-3), default=4.0)
+    group.add_argument(
+        "--smoothing_border", choices=get_args(SmoothingBorder), default="zeros", help="what lies beyond a map's border"
+    )
+    group.add_argument(
+        "--metric_size",
+        type=number(int, 0),
+        default=DEFAULT_METRIC_SIZE,
+        help="side of the maps and masks that are measured, 0 for the crop's",
+    )
     group.add_argument(
         "--max_ratio",
         type=number(float, 0, 1),

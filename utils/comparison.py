@@ -11,7 +11,7 @@ from utils.comparison_merge import merge_runs
 from utils.comparison_pairs import but_for_seed, float_of, shared_name
 from utils.hosts import HOSTS
 from utils.metrics import column_names
-from utils.published import SETTINGS
+from utils.published import SETTINGS, Published, PublishedRow
 from utils.result_files import DamagedResults, Row
 from utils.run_results import Part, Run, has_begun, load_run, missing_of, not_begun, parts_of
 
@@ -39,6 +39,11 @@ class Group:
     @property
     def host(self) -> str:
         return self.parts[0].run.host
+
+    @property
+    def metric_size(self) -> int:
+        """Side of the maps that it was measured on, in pixels; 0: that of the images."""
+        return self.parts[0].run.config["metric_size"]
 
     @property
     def items(self) -> list[str]:
@@ -122,6 +127,11 @@ class Section:
         """All categories that some run has, in the data set's order."""
         found = dict.fromkeys(item for part in self.parts for item in (*part.expected, *part.rows))
         return [item for item in found if any(item in part.rows for part in self.parts)]
+
+    def published_rows(self, published: Published) -> list[PublishedRow]:
+        """What others measured in this setting on maps of a size that some of our runs were measured on."""
+        sizes = {group.metric_size for group in self.groups}
+        return [row for row in published.of(self.setting, self.dataset) if row.metric_size in sizes]
 
 
 @dataclass(frozen=True)

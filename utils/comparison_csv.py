@@ -17,7 +17,7 @@ _COST_NAMES = ("bytes", "size ratio", "MACs", "MAC ratio")
 _COSTS = tuple(f"{scope} {name}" for scope in SCOPES for name in _COST_NAMES)
 _LAST = (
     "pixel_error", "compared categories", "float run", *_COSTS, "milliseconds", "network", "encoder", "input_size", "crop_size",
-    "realiad_json", "source",
+    "metric_size", "realiad_json", "source",
 )  # fmt: skip
 _TEXTS = ("dataset", "name", "item", "float run", "realiad_json", "source")  # may begin with a formula sign
 _SUFFIXES = ("", " deviation", " difference", " difference deviation")
@@ -31,7 +31,7 @@ def write_csv(path: Path, comparison: Comparison, published: Published) -> None:
     writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
     writer.writeheader()
     for section in comparison.sections:
-        lines = [_published_line(row) for row in published.of(section.setting, section.dataset)]
+        lines = [_published_line(row) for row in section.published_rows(published)]
         for line in [*lines, *_our_lines(section)]:
             writer.writerow({name: safe_cell(cell) if name in _TEXTS else cell for name, cell in line.items()})
     for claim in published.claims:
@@ -50,6 +50,7 @@ def _published_line(row: PublishedRow) -> dict[str, str]:
         "encoder": row.encoder,
         "input_size": row.input_size,
         "crop_size": row.crop_size,
+        "metric_size": str(row.metric_size),
         "realiad_json": ListingOptions().realiad_json if row.dataset == "Real-IAD" else "",
         "source": row.source,
     }
@@ -92,6 +93,7 @@ def _line(group: Group, metrics: Sequence[str], item: str, items: Sequence[str],
         "encoder": config["encoder"],
         "input_size": str(config["input_size"]),
         "crop_size": str(config["crop_size"]),
+        "metric_size": str(group.metric_size),
         "realiad_json": config["realiad_json"] if "Real-IAD" in run.datasets else "",
         "source": " ".join(str(folder) for part in group.parts for folder in part.run.folders),
     }

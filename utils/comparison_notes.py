@@ -1,7 +1,10 @@
 """What a reader must know about a table of results: sentences below it."""
 
+from collections.abc import Sequence
+
 from datasets.catalog import ListingOptions
-from utils.comparison import Section
+from models.build import ENCODERS
+from utils.comparison import Group, Section
 from utils.published import PublishedRow
 from utils.report import points_at_most
 
@@ -11,6 +14,7 @@ _PAPERS_SPLIT = ListingOptions().realiad_json
 _PUBLISHED_PROTOCOLS = {
     "INP-Former": "P-AP and P-F1 of masks > 0",
     "Dinomaly": "pixel metrics of masks > 0, AUPRO of 200 thresholds (biased low)",
+    "VarAD": "maps at the images' size, image score their maximum, epoch chosen by pixel AUROC on the test images",
 }
 
 
@@ -30,7 +34,7 @@ def result_notes(section: Section, others: list[PublishedRow]) -> list[str]:
     ]
     if names:
         notes.append(f"Left out of a mean where a category does not define it: {', '.join(names)}.")
-    notes += [*pixel_error_notes(section), *_mask_notes(section)]
+    notes += [*pixel_error_notes(section), *_mask_notes(section), *_interpolation_notes(section)]
     return [*notes, *_setup_notes(section, others), *_split_notes(section)] if others else notes
 
 
@@ -50,33 +54,77 @@ def pixel_error_notes(section: Section) -> list[str]:
 
 def _mask_notes(section: Section) -> list[str]:
     """Which of our rows take which pixels for defective, if they differ in it."""
-    labels: dict[float, list[str]] = {}
+    rules = _rows_by(section, "mask_threshold", "mask > {:g}")
+    return [f"Pixel metrics are not comparable between rows that count other pixels as defect: {rules}."] if rules else []
+
+
+def _interpolation_notes(section: Section) -> list[str]:
+    """Which of our rows saw images that were resized in which way, if they differ in it."""
+    rules = _rows_by(section, "interpolation", "{}")
+    return [f"The images of these rows were resized otherwise: {rules}."] if rules else []
+
+
+def _rows_by(section: Section, key: str, form: str) -> str:
+    """The values of a flag, each with the rows that have it; nothing if all have the same."""
+    labels: dict[float | str, list[str]] = {}
     for label, group in section.labelled_groups:
-        labels.setdefault(group.parts[0].run.config["mask_threshold"], []).append(label)
+        labels.setdefault(group.parts[0].run.config[key], []).append(label)
     if len(labels) == 1:
-        return []
-    rules = "; ".join(f"mask > {threshold:g}: {', '.join(labels[threshold])}" for threshold in sorted(labels))
-    return [f"Pixel metrics are not comparable between rows that count other pixels as defect: {rules}."]
+        return ""
+    return "; ".join(f"{form.format(value)}: {', '.join(labels[value])}" for value in sorted(labels))
 
 
 def _setup_notes(section: Section, others: list[PublishedRow]) -> list[str]:
-    """What the published rows were measured with, and which of our runs have another encoder or other sizes."""
-    setups = [(row.encoder, row.input_size, row.crop_size) for row in others if row.encoder and row.input_size]
+    """What the published rows were measured with, and which of our runs have another encoder or other sizes.
+
+    Rows on maps of different sizes are no reference for each other: each of our runs is compared with those of its size.
+    """
+    by_size: dict[int, list[PublishedRow]] = {}
+    for row in others:
+        by_size.setdefault(row.metric_size, []).append(row)
+    notes = []
+    for size, rows in by_size.items():
+        where = f" on maps of {f'{size} px' if size else 'the size of the images'}" if len(by_size) > 1 else ""
+        groups = [(label, group) for label, group in section.labelled_groups if group.metric_size == size]
+        notes += _setup_notes_of(rows, groups, f"Published{where}")
+    if len(by_size) > 1:
+        notes.append("Published rows on maps of different sizes are not comparable, nor is a run with those of another size.")
+    return notes
+
+
+def _setup_notes_of(rows: Sequence[PublishedRow], groups: Sequence[tuple[str, Group]], title: str) -> list[str]:
+    setups = [row for row in rows if row.encoder and row.input_size]
     if not setups:
         return []
-    encoder, size, crop = setups[0]  # the file begins with the paper's own rows; larger and smaller networks say so
+    first = setups[0]  # the file begins with the paper's own rows; larger and smaller networks say so
+    sizes = "/".join(size for size in (first.input_size, first.crop_size) if size)
     protocols = [
         f"{method}: {protocol}"
         for method, protocol in _PUBLISHED_PROTOCOLS.items()
-        if any(row.kind == "published" and row.method.split(",")[0] == method for row in others)
+        if any(row.kind == "published" and _method_of(row) == method for row in rows)
     ]
-    notes = [f"{'; '.join([f'Published: {encoder} at {size}/{crop} px unless the name says otherwise', *protocols])}."]
-    for label, group in section.labelled_groups:
+    notes = [f"{'; '.join([f'{title}: {first.encoder} at {sizes} px unless the name says otherwise', *protocols])}."]
+    for label, group in groups:
         config = group.parts[0].run.config
-        ours = (config["encoder"], str(config["input_size"]), str(config["crop_size"]))
-        if ours != setups[0]:
-            notes.append(f"{label} differs from the published rows: {ours[0]} at {ours[1]}/{ours[2]} px.")
+        own = [row for row in setups if _method_of(row) == group.host]
+        if not any(_has_setup_of(row, config) for row in (first, *own)):
+            sizes = f"{config['input_size']}/{config['crop_size']}"
+            notes.append(f"{label} differs from the published rows: {config['encoder']} at {sizes} px.")
     return notes
+
+
+def _method_of(row: PublishedRow) -> str:
+    """Its method without what it says about the network."""
+    return row.method.split(",")[0]
+
+
+def _has_setup_of(row: PublishedRow, config: dict) -> bool:
+    """Whether a run has the encoder and the sizes of a published row; without a crop its images end at whole patches."""
+    if row.encoder != config["encoder"]:
+        return False
+    patch, size = ENCODERS[row.encoder].patch_size, int(row.input_size)
+    expected = (size, int(row.crop_size)) if row.crop_size else (size // patch * patch,) * 2
+    return (config["input_size"], config["crop_size"]) == expected
 
 
 def _split_notes(section: Section) -> list[str]:

@@ -46,7 +46,7 @@ def overview(section: Section) -> Table:
 def result_table(section: Section, published: Published) -> Table:
     """Published means, then ours by stage with the difference to float in brackets."""
     rows = [("method or run", "kind", "stage", "seed", "categories", *section.metrics, "compared with float over", "source")]
-    others = [row for row in published.of(section.setting, section.dataset) if row.item == MEAN]
+    others = [row for row in section.published_rows(published) if row.item == MEAN]
     for row in others:
         rows.append((row.method, row.kind, "", "", "all", *_published_cells(row, section.metrics), "", row.source))
     for label, group in section.labelled_groups:
@@ -81,7 +81,7 @@ def cost_table(section: Section) -> Table:
 def category_table(section: Section, published: Published) -> Table:
     """Every category: published rows where there are some, then ours by stage with the difference to float."""
     rows = [("category", "method or run", "kind", "stage", *section.metrics)]
-    others = published.of(section.setting, section.dataset)
+    others = section.published_rows(published)
     for item in section.items:
         for row in others:
             if row.item == item:

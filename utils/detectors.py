@@ -14,13 +14,14 @@ from models.encoder import FrozenEncoder
 from utils.categories import ModelData
 from utils.checkpoint import load_checkpoint
 from utils.hosts import HOSTS, Host
+from utils.run_folder import EARLIER_DEFAULTS
 from utils.settings import ModelOptions, Settings
 
 logger = logging.getLogger(__name__)
 
 
 # What a checkpoint and the command that reads it must agree on: the network, the data it is for, and once binary, the bits.
-_NETWORK_KEYS = ("encoder", "encoder_sha256", "pos_embed", "input_size", "crop_size")
+_NETWORK_KEYS = ("encoder", "encoder_sha256", "pos_embed", "input_size", "crop_size", "interpolation")
 _DATA_KEYS = ("dataset", "item", "items", "chosen_files")
 _BINARY_KEYS = ("act_bits", "sab", "weight_gradient", "activation_gradient")
 
@@ -74,7 +75,7 @@ def open_checkpoint(path: Path, expected: dict, stages: tuple[int, ...], purpose
         )
     keys = _NETWORK_KEYS + HOSTS[expected["host"]].network_flags + (_DATA_KEYS if same_data else ())
     keys += _BINARY_KEYS if content["stage"] > 0 and expected["stage"] > 0 else ()
-    found, wanted = ({**description_["config"], **description_} for description_ in (content, expected))
+    found, wanted = ({**EARLIER_DEFAULTS, **about["config"], **about} for about in (content, expected))
     differing = [key for key in keys if key in wanted and found.get(key) != wanted[key]]
     differences = [
         "chosen_files: other few-shot images, see --shot and --seed"
@@ -111,7 +112,8 @@ def load_detector(path: Path, encoder_weights: str | None) -> tuple[Detector, di
     config = content["config"]
     if content.get("host") not in HOSTS:
         raise UserError(f"unknown host: {str(path)!r} holds a {content.get('host')!r}, known are {' '.join(HOSTS)}")
-    encoder = build_encoder(content["encoder"], config["crop_size"], encoder_weights, config["pos_embed"])
+    taps = HOSTS[content["host"]].taps
+    encoder = build_encoder(content["encoder"], config["crop_size"], encoder_weights, config["pos_embed"], taps)
     if encoder.weights_sha256 != content["encoder_sha256"]:
         raise UserError(
             f"wrong encoder: {str(path)!r} was trained on {content['encoder']} of sha256 {content['encoder_sha256'][:16]}, "
@@ -131,8 +133,7 @@ def start_detector(settings: Settings, model: ModelData, encoder: FrozenEncoder,
         detector = restore_detector(content, path, encoder, host)
         logger.info("%s: starts from %s (stage %d)", model.name, path, content["stage"])
     binarize(detector, options.stage, options.binarization)
-    host.prepare_training(detector, settings.config)
-    detector.to(device)
+    host.prepare_training(detector.to(device), settings.config)
     if options.distillation_weight:
         path = checkpoint_path(settings, _teacher_reference(options), model)
         content = open_checkpoint(path, expected, (0,), "--distill")

@@ -4,7 +4,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from itertools import islice
 
 import numpy as np
@@ -24,9 +24,19 @@ from utils.loading import loaded_batches
 from utils.measurement import Measurement, collector, mean_of_gates, measurement_of, raise_first
 from utils.metrics import Metrics, ProMode, compute_metrics
 from utils.pixel_scores import PixelScores
-from utils.protocol import METRIC_SIZE, EvaluationOptions, Scoring, binary_mask, image_score, regions_on_grid, smoothed_map
+from utils.protocol import (
+    DEFAULT_METRIC_SIZE,
+    EvaluationOptions,
+    Scoring,
+    binary_mask,
+    image_score,
+    regions_on_grid,
+    smoothed_map,
+)
 
 logger = logging.getLogger(__name__)
+
+SCALE_SIDE = DEFAULT_METRIC_SIZE  # pixels a side of each map that a scale is made from: enough for its quantiles
 
 
 @dataclass(frozen=True)
@@ -35,7 +45,7 @@ class Evaluation:
 
     Attributes:
         paths, labels, scores: per image.
-        maps: (n, 256, 256) float32, smoothed. masks: (n, 256, 256) bool. has_pixel_truth: (n,) bool.
+        maps: (n, side, side) float32, smoothed. masks: (n, side, side) bool. has_pixel_truth: (n,) bool.
         mean_gate: share of the attention maps that was binary (mean of all gates of SAB), None without such gates.
     """
 
@@ -55,6 +65,12 @@ class Evaluation:
         """Some of the images; the mean gate stays that of all."""
         parts = (values[images] for values in _columns(self))
         return Evaluation(*parts, mean_gate=self.mean_gate)
+
+    def thinned(self, largest_side: int) -> "Evaluation":
+        """The same scores with evenly spaced rows and columns of maps and masks, at most `largest_side` of each."""
+        step = max(1, -(-self.maps.shape[-1] // largest_side))
+        maps, masks = (np.ascontiguousarray(pixels[:, ::step, ::step]) for pixels in (self.maps, self.masks))
+        return replace(self, maps=maps, masks=masks)
 
 
 def _columns(evaluation: Evaluation) -> tuple:
@@ -98,7 +114,7 @@ def scored_batches(
                 labels=batch["label"].numpy(),
                 scores=score.cpu().numpy(),
                 maps=smoothed.cpu().numpy(),
-                masks=binary_mask(batch["mask"], options.mask_threshold).numpy(),
+                masks=binary_mask(batch["mask"], options).numpy(),
                 has_pixel_truth=batch["has_pixel_truth"].numpy(),
                 mean_gate=mean_gate(detector) if options.scoring == "reconstruction" else None,
             )
@@ -112,12 +128,17 @@ def evaluate(
     num_workers: int,
     precision: str,
     item: str,
+    largest_side: int | None = None,
 ) -> Evaluation:
-    """Score all images of a data set and keep all maps, 0.3 MB per image; raises as `scored_batches`."""
-    nothing = np.empty((0, METRIC_SIZE, METRIC_SIZE), np.float32)
-    empty = Evaluation([], np.empty(0, int), np.empty(0, np.float32), nothing, nothing.astype(bool), np.empty(0, bool))
+    """Score all images of a data set and keep all maps, 5 bytes per pixel; raises as `scored_batches`.
+
+    `largest_side`: keep of each only so many rows and columns at most, evenly spaced.
+    """
     with closing(scored_batches(detector, data, options, batch_size, num_workers, precision, item)) as batches:
-        parts = [empty, *batches]
+        parts = [batch.thinned(largest_side) if largest_side else batch for batch in batches]
+    if not parts:
+        nothing = np.empty((0, options.metric_size, options.metric_size), np.float32)
+        return Evaluation([], np.empty(0, int), np.empty(0, np.float32), nothing, nothing.astype(bool), np.empty(0, bool))
     _, *arrays = zip(*map(_columns, parts), strict=True)
     paths = [path for part in parts for path in part.paths]
     gates = [part.mean_gate for part in parts for _ in part.paths]
@@ -180,12 +201,13 @@ def measure(
         NumericError: a map is not finite, on whatever process.
         UserError: the detector cannot score as the options say, or Dinomaly's AUPRO needs more than `metrics_memory`.
     """
-    own = _own_images(len(data), batch_size)
-    pixels = collector(data.records, len(own), metrics_memory, options.pro_mode, item)
+    own, images = _own_images(len(data), batch_size), data.images if isinstance(data, FeatureDataset) else data
+    map_pixels = options.map_side(images.crop_size) ** 2
+    pixels = collector(data.records, len(own), map_pixels, metrics_memory, options.pro_mode, item)
     columns, error, started = None, None, time.perf_counter()
     try:
         with closing(scored_batches(detector, Subset(data, own), options, batch_size, num_workers, precision, item)) as batches:
-            columns = _collect(batches, pixels, data, own, options.mask_threshold, layout)
+            columns = _collect(batches, pixels, images, own, options, layout)
     except CommandError as problem:
         error = problem
     seconds = time.perf_counter() - started
@@ -205,21 +227,17 @@ def _own_images(count: int, batch_size: int) -> range:
 
 
 def _collect(
-    batches: Iterator[Evaluation], pixels: PixelScores, data: Dataset, own: range, threshold: float, layout: Layout
+    batches: Iterator[Evaluation], pixels: PixelScores, images: Dataset, own: range, options: EvaluationOptions, layout: Layout
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Put all maps into `pixels`; returns scores, gates (NaN without) and whether a known mask marks nothing, per image."""
-    images = data.images if isinstance(data, FeatureDataset) else data
     scores, gates, empty = [np.empty(0, np.float32)], [], [np.empty(0, bool)]
     records = iter(images.records[own.start : own.stop])
     for batch in batches:
         regions = None
         if layout.defect_regions:
-            regions = [
-                regions_on_grid(
-                    layout.defect_regions(record, images.max_pixels), images.input_size, images.crop_size, threshold
-                )
-                for record in islice(records, len(batch.paths))
-            ]
+            found = (layout.defect_regions(record, images.max_pixels) for record in islice(records, len(batch.paths)))
+            sizes = images.input_size, images.crop_size
+            regions = [regions_on_grid(each, *sizes, options, images.interpolation) for each in found]
         pixels.add(batch.maps, batch.masks, batch.has_pixel_truth, regions)
         scores.append(batch.scores)
         gates += [np.nan if batch.mean_gate is None else batch.mean_gate] * len(batch.paths)

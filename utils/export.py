@@ -10,12 +10,13 @@ import torch
 from binarize.stages import scale_parameters
 from common.errors import NumericError, UserError
 from datasets.records import ImageDataset, Record
-from datasets.transforms import IMAGENET_MEAN, IMAGENET_STD
+from datasets.transforms import IMAGENET_MEAN, IMAGENET_STD, interpolation_entry
 from models.detector import Detector
 from utils.agreement import compare_on_bits, packed_copy
 from utils.checkpoint import atomic_write, check_writable, load_checkpoint
 from utils.detectors import load_detector
-from utils.evaluation import calibrate_scale, evaluate
+from utils.evaluation import SCALE_SIDE, calibrate_scale, evaluate
+from utils.hosts import HOSTS
 from utils.onnx_export import export_onnx
 from utils.packed_model import PackingOptions, describe, packed_bytes
 from utils.protocol import EvaluationOptions
@@ -45,7 +46,7 @@ class ThresholdOptions:
 
 def check_exportable(content: dict, path: Path) -> None:
     """Raise UserError for a model that has no packed form, or as `check_complete` does."""
-    if content["stage"] == 0:
+    if content["stage"] == 0 and not HOSTS[content["host"]].exports_float:
         raise UserError(
             f"nothing to pack: {str(path)!r} is a float model (CLB stage 0); train --clb_stage 1 and 2 from it, or export it "
             "as it is with --output FILE.onnx"
@@ -71,6 +72,7 @@ def transform_of(content: dict) -> dict:
         "crop_size": config["crop_size"],
         "mean": list(IMAGENET_MEAN),
         "std": list(IMAGENET_STD),
+        **interpolation_entry(config.get("interpolation", "bilinear")),  # absent from older checkpoints
     }
 
 
@@ -102,7 +104,12 @@ def export_packed(
     check_writable(output)
     detector, content = load_detector(checkpoint, encoder_weights)
     content = for_category(content, threshold.item, checkpoint)
-    if content["config"]["act_bits"] == 1:
+    if detector.trains_encoder and (options.encoder != "fp32" or options.encoder_reference):
+        raise UserError(
+            f"--encoder_precision {options.encoder}: {str(checkpoint)!r} changes its encoder (--adapter lora), which must then "
+            "be in the file as it is; give --encoder_precision fp32 without --encoder_reference"
+        )
+    if content["config"]["act_bits"] == 1 and content["stage"] > 0:
         _prove(detector, content)
     packed = packed_copy(detector, options)
     decision, scale = _decision(packed, content, threshold)
@@ -118,6 +125,11 @@ def export_graph(checkpoint: Path, output: Path, threshold: ThresholdOptions, en
     check_writable(output)
     detector, content = load_detector(checkpoint, encoder_weights)
     check_complete(content, checkpoint)
+    if not HOSTS[content["host"]].exports_graph:
+        raise UserError(
+            f"no ONNX form: {str(checkpoint)!r} is a model of {content['host']}, whose scan goes step by step; export it with "
+            "--output FILE.binaryad"
+        )
     content = for_category(content, threshold.item, checkpoint)
     decision, scale = _decision(detector, content, threshold)
     metadata = describe(detector, {**content, "calibration": scale}, decision, transform_of(content))
@@ -150,9 +162,10 @@ def _decision(packed: Detector, content: dict, options: ThresholdOptions) -> tup
     else:
         records = [Record(path, 0, content["item"]) for path in options.images]
         config = content["config"]
-        images = ImageDataset(records, config["input_size"], config["crop_size"], options.max_pixels)
+        sizes, interpolation = (config["input_size"], config["crop_size"]), config.get("interpolation", "bilinear")
+        images = ImageDataset(records, *sizes, options.max_pixels, interpolation=interpolation)
         protocol = EvaluationOptions.from_config(content["protocol"])
-        scale = calibrate_scale(evaluate(packed, images, protocol, 1, 0, "fp32", "normal images"))
+        scale = calibrate_scale(evaluate(packed, images, protocol, 1, 0, "fp32", "normal images", SCALE_SIDE))
         source = "scores of the given normal images by the packed model"
     value = float(np.quantile(scale["scores"], options.quantile)) * options.margin
     kind = f"quantile {options.quantile:g} of {len(scale['scores'])} {source}"

@@ -12,6 +12,7 @@ import numpy as np
 import PIL
 
 from datasets.records import ImageDataset
+from datasets.transforms import interpolation_entry
 from utils.array_file import ArrayFile, MappedArray, content_key, loaded_rows, open_array
 from utils.cache_plan import plan_cache, size_text
 from utils.distributed import on_main
@@ -51,9 +52,10 @@ def cache_images(images: ImageDataset, mode: str, folder: Path, num_workers: int
             size_text(file.bytes),
             file.path,
         )
-    return ImageDataset(images.records, size, images.crop_size, images.max_pixels, MappedArray(file.path))
+    resized = MappedArray(file.path)
+    return ImageDataset(images.records, size, images.crop_size, images.max_pixels, resized, images.interpolation)
 
 
 def _key(images: ImageDataset) -> str:
     content = {"resized_format": _FORMAT, "input_size": images.input_size, "pillow": PIL.__version__}
-    return content_key(images.records, content)
+    return content_key(images.records, {**content, **interpolation_entry(images.interpolation)})

@@ -13,11 +13,8 @@ from utils.cache_plan import available_memory
 from utils.distributed import is_main, on_main, peers_expected, world_size
 from utils.metrics import METRIC_NAMES, PixelMetrics, ProMode, collected_pixel_metrics, kind_aurocs, ranking_metrics
 from utils.pixel_scores import BIN_COUNT, ExactPixelScores, HistogramPixelScores, PixelScores, exact_bytes
-from utils.protocol import METRIC_SIZE
 
 logger = logging.getLogger(__name__)
-
-_PIXELS = METRIC_SIZE**2
 
 
 @dataclass(frozen=True)
@@ -43,22 +40,24 @@ class Measurement:
     seconds: float
 
 
-def collector(records: list[Record], own_count: int, metrics_memory: float | None, pro_mode: ProMode, item: str) -> PixelScores:
-    """An empty collection for the pixel scores of `own_count` of the records; on the main process for those of all.
+def collector(
+    records: list[Record], own_count: int, map_pixels: int, metrics_memory: float | None, pro_mode: ProMode, item: str
+) -> PixelScores:
+    """An empty collection for the scores of `map_pixels` pixels of `own_count` of the records; on the main process of all.
 
     Every score is kept if that takes at most `metrics_memory` GB (None: half of the available memory), else bins.
 
     Raises:
         UserError: Dinomaly's AUPRO, which needs every score, would take more.
     """
-    if on_main(lambda: _fits_exactly(records, metrics_memory, pro_mode, item)):
-        return ExactPixelScores(_PIXELS * (len(records) if is_main() else own_count))
+    if on_main(lambda: _fits_exactly(records, map_pixels, metrics_memory, pro_mode, item)):
+        return ExactPixelScores(map_pixels * (len(records) if is_main() else own_count))
     return HistogramPixelScores()
 
 
-def _fits_exactly(records: list[Record], metrics_memory: float | None, pro_mode: ProMode, item: str) -> bool:
+def _fits_exactly(records: list[Record], map_pixels: int, metrics_memory: float | None, pro_mode: ProMode, item: str) -> bool:
     known = [record.label for record in records if record.has_pixel_truth]
-    need = exact_bytes(_PIXELS * len(known), _PIXELS * sum(known)) / 1e9
+    need = exact_bytes(map_pixels * len(known), map_pixels * sum(known)) / 1e9
     if world_size() > 1:
         need *= 2  # on the processes that scored, and once more on the main one
     allowed = available_memory() / 2 / 1e9 if metrics_memory is None else metrics_memory

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 DEFAULT_WARMUP = 100
+OPTIMIZERS = ("stable_adamw", "adamw")
 
 
 class StableAdamW(Optimizer):
@@ -63,6 +64,12 @@ class StableAdamW(Optimizer):
         rms = (gradient / denominator).norm() / math.sqrt(parameter.numel())
         shrink = (rms / group["clip_threshold"]).clamp_min(1.0)
         parameter.sub_(first / denominator * (group["lr"] / (1 - beta1 ** state["step"]) / shrink))
+
+
+def build_optimizer(name: str, groups: list[dict], rate: float, betas: tuple[float, float], eps: float) -> Optimizer:
+    """One of `OPTIMIZERS` over parameter groups that bring their weight decay."""
+    kind = {"stable_adamw": StableAdamW, "adamw": torch.optim.AdamW}[name]
+    return kind(groups, lr=rate, betas=betas, eps=eps)
 
 
 def warmup_length(total_iterations: int, wanted: int = DEFAULT_WARMUP) -> int:

@@ -26,6 +26,8 @@ TRAINED_PRECISIONS = ("fp32", "fp16", "int8")
 _BINARY_KEYS = ("act_bits", "sab", "weight_gradient", "activation_gradient")
 # of a training's configuration: what determines the network; the rest may name files of the machine that trained it
 _NETWORK_KEYS = ("pos_embed", "input_size", "crop_size", *_BINARY_KEYS)
+_WEIGHTS_OF_SCANS = ("x_proj", "step_weight", "start")
+_VECTORS_OF_TWO_DIMENSIONS = ("prototype_token", "step_bias", "skip", "usual_error", "error_deviation")
 _FLOAT_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.float16}
 
 
@@ -80,7 +82,9 @@ def _stored_type(name: str, tensor: Tensor, options: PackingOptions) -> torch.dt
     """Scales, thresholds, biases, norms and prototypes stay float32: rounding them would change binary decisions."""
     if name.startswith("encoder."):
         return _FLOAT_TYPES[options.encoder]
-    is_weight = tensor.ndim == 2 and name != "prototype_token"  # a head's scales and gates have three dimensions
+    leaf = name.rpartition(".")[2]
+    # a head's scales and gates have three dimensions
+    is_weight = leaf in _WEIGHTS_OF_SCANS if tensor.ndim != 2 else leaf not in _VECTORS_OF_TWO_DIMENSIONS
     return _FLOAT_TYPES[options.trained] if is_weight else torch.float32
 
 
@@ -170,14 +174,15 @@ def _skeleton(description: dict, options: PackingOptions, encoder_weights: str |
     config, named = description["config"], description["encoder"]
     if named["name"] not in ENCODERS or description["host"] not in HOSTS:
         raise ValueError(f"unknown encoder {named['name']!r} or host {description['host']!r}")
+    host = HOSTS[description["host"]]
     with torch.device("meta"):
         encoder = build_encoder_without_weights(
-            named["name"], config["crop_size"], named["source"], named["sha256"], named["published_parameters"]
+            named["name"], config["crop_size"], named["source"], named["sha256"], named["published_parameters"], host.taps
         )
-        detector = HOSTS[description["host"]].build(encoder, config)
+        detector = host.build(encoder, config)
         binarize(detector, description["stage"], BinarizationOptions(*(config[key] for key in _BINARY_KEYS)))
     if options.encoder_reference:
-        detector.encoder = build_encoder(named["name"], config["crop_size"], encoder_weights, config["pos_embed"])
+        detector.encoder = build_encoder(named["name"], config["crop_size"], encoder_weights, config["pos_embed"], host.taps)
         if detector.encoder.weights_sha256 != named["sha256"]:
             raise UserError(
                 f"wrong encoder: the model was trained on {named['name']} from {named['source']} of sha256 "

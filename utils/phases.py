@@ -24,7 +24,9 @@ def run_experiment(settings: Settings, host: Host) -> int:
         for model in models:
             settings.training_for(model.name, model.training_count)
     options = settings.model
-    encoder = build_encoder(options.encoder, settings.data.crop_size, options.encoder_weights, options.position_embedding)
+    encoder = build_encoder(
+        options.encoder, settings.data.crop_size, options.encoder_weights, options.position_embedding, host.taps
+    )
     experiment = Experiment(settings, host, RunFolder(settings.run_path), encoder, device, all_items(settings), models)
     if settings.phase == "train":
         output = train_phase(experiment)

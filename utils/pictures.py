@@ -7,12 +7,11 @@ from pathlib import Path
 import cv2
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
-from torchvision.transforms.functional import center_crop, resize
+from torchvision.transforms.functional import InterpolationMode, center_crop, resize
 
 from datasets.images import load_image
 from utils.checkpoint import atomic_write
 from utils.evaluation import Evaluation
-from utils.protocol import METRIC_SIZE
 from utils.settings import DataOptions
 
 _TILE = 176
@@ -25,6 +24,7 @@ _TRUTH_COLOUR, _OUTLINE_COLOUR = (0, 200, 0), (255, 40, 40)
 _OK_COLOUR, _NG_COLOUR = (0, 120, 60), (190, 20, 30)
 _INK, _PAPER = (30, 30, 30), (255, 255, 255)
 _HEAT_WEIGHT, _DIMMING = 0.65, 0.4  # largest share of the heat map, and of black where the model did not look
+_OUTLINE_SHARE = 128  # width of an outline on a tile: that part of its side
 _STRIP_SHARE, _LEAST_STRIP = 18, 26  # height of a verdict strip: that part of the shorter side, at least so many pixels
 
 
@@ -114,10 +114,11 @@ def sixteen_bit_map(anomaly_map: np.ndarray, calibration: dict[str, float]) -> n
     return np.round(np.nan_to_num(levels)).astype(np.uint16)
 
 
-def model_view(path: Path, data: DataOptions) -> np.ndarray:
-    """What the model sees of an image, as (256, 256, 3) RGB."""
-    image = resize(load_image(path, data.max_pixels), [data.input_size, data.input_size])
-    return np.asarray(center_crop(image, [data.crop_size, data.crop_size]).resize((METRIC_SIZE, METRIC_SIZE)))
+def model_view(path: Path, data: DataOptions, side: int) -> np.ndarray:
+    """What the model sees of an image, as (side, side, 3) RGB."""
+    sizes, mode = [data.input_size, data.input_size], InterpolationMode(data.interpolation)
+    image = resize(load_image(path, data.max_pixels), sizes, mode)
+    return np.asarray(center_crop(image, [data.crop_size, data.crop_size]).resize((side, side)))
 
 
 def write_contact_sheet(path: Path, evaluation: Evaluation, calibration: dict[str, float], data: DataOptions) -> None:
@@ -152,10 +153,11 @@ def write_picture(path: Path, picture: Image.Image, kind: str, **options) -> Non
 
 
 def _panels(evaluation: Evaluation, index: int, calibration: dict[str, float], data: DataOptions) -> list[np.ndarray]:
-    image, anomaly_map = model_view(Path(evaluation.paths[index]), data), evaluation.maps[index]
-    mask = evaluation.masks[index]
+    anomaly_map, mask = evaluation.maps[index], evaluation.masks[index]
+    side = len(mask)
+    image, thickness = model_view(Path(evaluation.paths[index]), data, side), max(1, side // _OUTLINE_SHARE)
     truth = np.repeat(np.uint8(mask)[..., None] * 255, 3, axis=2)
     if not evaluation.has_pixel_truth[index]:
         truth[:] = 128  # unknown
-    found = outline(image, anomaly_map > outline_level(calibration), _OUTLINE_COLOUR)
-    return [image, truth, heat_map(anomaly_map, calibration), outline(found, mask, _TRUTH_COLOUR)]
+    found = outline(image, anomaly_map > outline_level(calibration), _OUTLINE_COLOUR, thickness)
+    return [image, truth, heat_map(anomaly_map, calibration), outline(found, mask, _TRUTH_COLOUR, thickness)]

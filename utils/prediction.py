@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import torch
@@ -15,10 +16,10 @@ from torch import Tensor
 
 from common.errors import NumericError, UserError
 from datasets.images import DEFAULT_MAX_PIXELS, IMAGE_SUFFIXES, is_image_file, load_image
-from datasets.transforms import IMAGENET_MEAN, IMAGENET_STD, image_transform
+from datasets.transforms import IMAGENET_MEAN, IMAGENET_STD, Interpolation, image_transform
 from models.detector import Detector
 from utils.packed_model import load_packed
-from utils.protocol import METRIC_SIZE, EvaluationOptions, image_score, smoothed_map
+from utils.protocol import EvaluationOptions, image_score, smoothed_map
 
 logger = logging.getLogger(__name__)
 
@@ -61,12 +62,18 @@ class Predictor:
     """
 
     def __init__(self, detector: Detector, metadata: dict, device: torch.device | str):
-        """`metadata` needs preprocessing, protocol, calibration and decision; raises UserError for another normalisation."""
+        """`metadata` needs preprocessing, protocol, calibration and decision; raises UserError for unknown preprocessing."""
         preprocessing = metadata["preprocessing"]
         if (tuple(preprocessing["mean"]), tuple(preprocessing["std"])) != (IMAGENET_MEAN, IMAGENET_STD):
             raise UserError(
                 f"unknown preprocessing: the model wants mean {preprocessing['mean']} and std {preprocessing['std']}, "
                 f"this program normalises with {list(IMAGENET_MEAN)} and {list(IMAGENET_STD)}; update the program"
+            )
+        interpolation = preprocessing.get("interpolation", "bilinear")
+        if interpolation not in get_args(Interpolation):
+            raise UserError(
+                f"unknown preprocessing: the model wants interpolation {interpolation!r}, this program knows "
+                f"{' and '.join(get_args(Interpolation))}; update the program"
             )
         self.device = torch.device(device)
         self.detector = detector.to(self.device).eval()
@@ -74,7 +81,7 @@ class Predictor:
         self.calibration = metadata["calibration"]
         self.threshold = float(metadata["decision"]["threshold"])
         self._input_size, self._crop_size = preprocessing["input_size"], preprocessing["crop_size"]
-        self._transform = image_transform(self._input_size, self._crop_size)
+        self._transform = image_transform(self._input_size, self._crop_size, interpolation)
         self._protocol = EvaluationOptions.from_config(metadata["protocol"])
 
     @classmethod
@@ -138,23 +145,23 @@ def rgb_photo(image: Photo, max_pixels: int = DEFAULT_MAX_PIXELS) -> Image.Image
 
 
 def placed_map(anomaly_map: Tensor, size: tuple[int, int], input_size: int, crop_size: int) -> np.ndarray:
-    """A map (256, 256) of the centre crop -> (height, width) float32 of the whole image, bilinear, NaN outside the crop."""
-    width, height = size
-    rows, row_weights = _axis_weights(height, input_size, crop_size)
-    columns, column_weights = _axis_weights(width, input_size, crop_size)
+    """A map (side, side) of the centre crop -> (height, width) float32 of the whole image, bilinear, NaN outside the crop."""
+    (width, height), side = size, len(anomaly_map)
+    rows, row_weights = _axis_weights(height, input_size, crop_size, side)
+    columns, column_weights = _axis_weights(width, input_size, crop_size, side)
     placed = np.full((height, width), np.nan, np.float32)
     placed[rows, columns] = (row_weights @ anomaly_map @ column_weights.T).numpy()
     return placed
 
 
-def _axis_weights(length: int, input_size: int, crop_size: int) -> tuple[slice, Tensor]:
-    """Pixels of an image's side whose centres the crop holds, and (pixels, 256) weights of the map's pixels for them."""
+def _axis_weights(length: int, input_size: int, crop_size: int, side: int) -> tuple[slice, Tensor]:
+    """Pixels of an image's side whose centres the crop holds, and (pixels, side) weights of the map's pixels for them."""
     crop_start = round((input_size - crop_size) / 2)  # as torchvision's centre crop rounds
     resized = (np.arange(length) + 0.5) * input_size / length
-    position = (resized - crop_start) * METRIC_SIZE / crop_size
-    start, stop = np.searchsorted(position, (0, METRIC_SIZE))
-    centre = np.clip(position[start:stop] - 0.5, 0, METRIC_SIZE - 1)
-    weights = np.maximum(0, 1 - np.abs(centre[:, None] - np.arange(METRIC_SIZE)))
+    position = (resized - crop_start) * side / crop_size
+    start, stop = np.searchsorted(position, (0, side))
+    centre = np.clip(position[start:stop] - 0.5, 0, side - 1)
+    weights = np.maximum(0, 1 - np.abs(centre[:, None] - np.arange(side)))
     return slice(start, stop), torch.from_numpy(weights).float()
 
 

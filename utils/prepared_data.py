@@ -9,6 +9,7 @@ from torch.utils.data import ConcatDataset, Dataset, Subset
 
 from datasets.few_shot import FewShotDataset
 from datasets.records import ImageDataset, Record
+from datasets.transforms import interpolation_entry
 from models.detector import Detector
 from utils.cache_plan import plan_cache
 from utils.categories import CategoryData, ModelData
@@ -47,7 +48,7 @@ def plan_features(settings: Settings, models: list[ModelData], detector: Detecto
     parts = {"test": [_images(settings, category.test) for category in categories if category.test]}
     if settings.phase == "train":
         parts = {"train": [_training_images(settings, category) for category in categories], **parts}
-    if settings.cache_features == "off":
+    if settings.cache_features == "off" or detector.trains_encoder:
         return dict.fromkeys(parts, "off")
     folder, identity = settings.save_dir / "feature_cache", _identity(settings, detector)
     return plan_cache(
@@ -81,6 +82,14 @@ def prepare(settings: Settings, model: ModelData, detector: Detector, places: Pl
     )
 
 
+def split_held_out(images: Dataset, count: int, seed: int) -> tuple[Dataset, Dataset]:
+    """Images to train on, and a random `count` of them that is kept for what is learned afterwards; all for both if it is 0."""
+    if not count:
+        return images, images
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed)).tolist()
+    return Subset(images, sorted(order[count:])), Subset(images, sorted(order[:count]))
+
+
 def test_images(settings: Settings, category: CategoryData, detector: Detector, places: Places) -> Dataset:
     """Test images of a category."""
     return _cached(settings, _images(settings, category.test), detector, places["test"], f"{category.item} test")
@@ -88,7 +97,7 @@ def test_images(settings: Settings, category: CategoryData, detector: Detector, 
 
 def _images(settings: Settings, records: list[Record]) -> ImageDataset:
     data = settings.data
-    return ImageDataset(records, data.input_size, data.crop_size, data.max_pixels)
+    return ImageDataset(records, data.input_size, data.crop_size, data.max_pixels, interpolation=data.interpolation)
 
 
 def _training_images(settings: Settings, category: CategoryData) -> Dataset:
@@ -120,6 +129,7 @@ def _identity(settings: Settings, detector: Detector) -> dict:
         **detector.feature_identity(),
         "pos_embed": settings.model.position_embedding,
         "precision": settings.training.precision,
+        **interpolation_entry(settings.data.interpolation),
     }
 
 

@@ -1,4 +1,4 @@
-"""The papers' evaluation protocol: from a raw anomaly map to 256 x 256 scores, from a mask to the truth beside them."""
+"""The papers' evaluation protocol: from a raw anomaly map to scores of its pixels, from a mask to the truth beside them."""
 
 from dataclasses import dataclass, fields
 from typing import Literal
@@ -7,19 +7,27 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from scipy import ndimage
 from torch import Tensor
 
 from datasets.records import DefectRegion
-from datasets.transforms import mask_transform
+from datasets.transforms import Interpolation, mask_transform
 from utils.metrics import ProMode
 
-METRIC_SIZE = 256
+DEFAULT_METRIC_SIZE = 256
+LEAST_METRIC_SIZE = 16
 Scoring = Literal["reconstruction", "prototype"]
+SmoothingBorder = Literal["zeros", "reflect"]
 
 
 @dataclass(frozen=True)
 class EvaluationOptions:
-    """The protocol: every number that changes a metric (INP-Former's values are the defaults)."""
+    """The protocol: every number that changes a metric (INP-Former's values are the defaults).
+
+    Attributes:
+        metric_size: side of the maps and masks that are measured, in pixels; 0 for the crop's, which they have by themselves.
+        smoothing_border: what the Gaussian finds beyond a map's border.
+    """
 
     mask_threshold: float = 0.5
     smoothing_kernel: int = 5
@@ -27,17 +35,26 @@ class EvaluationOptions:
     max_ratio: float = 0.01
     pro_mode: ProMode = "exact"
     scoring: Scoring = "reconstruction"
+    metric_size: int = DEFAULT_METRIC_SIZE
+    smoothing_border: SmoothingBorder = "zeros"
 
     @classmethod
     def from_config(cls, config: dict) -> "EvaluationOptions":
-        """The protocol of a stored configuration; one from before there was a choice of scoring has its default."""
-        config = {"scoring": cls.scoring, **config}
+        """The protocol of a stored configuration; where one is older than a choice, it has that one's default."""
+        later = ("scoring", "metric_size", "smoothing_border")
+        config = {**{name: getattr(cls, name) for name in later}, **config}
         return cls(**{field.name: config[field.name] for field in fields(cls)})
+
+    def map_side(self, crop_size: int) -> int:
+        """Side of the maps that are measured, in pixels."""
+        return self.metric_size or crop_size
 
     def describe(self) -> str:
         """The protocol in one line."""
+        size = f"{self.metric_size}x{self.metric_size}" if self.metric_size else "the crop's size"
+        border = "reflected at the border" if self.smoothing_border == "reflect" else "zeros beyond the border"
         smoothing = (
-            f"Gaussian {self.smoothing_kernel}x{self.smoothing_kernel}, sigma {self.smoothing_sigma:g}"
+            f"Gaussian {self.smoothing_kernel}x{self.smoothing_kernel}, sigma {self.smoothing_sigma:g}, {border}"
             if self.smoothing_kernel
             else "none"
         )
@@ -45,7 +62,7 @@ class EvaluationOptions:
         pro = "exact up to FPR 0.3" if self.pro_mode == "exact" else "Dinomaly's 200 thresholds (biased low)"
         source = "distance to the nearest prototype, " if self.scoring == "prototype" else ""
         return (
-            f"{source}maps at {METRIC_SIZE}x{METRIC_SIZE}; smoothing: {smoothing}; image score: {top}; "
+            f"{source}maps at {size}; smoothing: {smoothing}; image score: {top}; "
             f"mask: > {self.mask_threshold:g}; AUPRO: {pro}; P-AP: exact, step-wise"
         )
 
@@ -59,9 +76,20 @@ def gaussian_kernel(size: int, sigma: float) -> Tensor:
 
 
 def smoothed_map(anomaly_map: Tensor, options: EvaluationOptions) -> Tensor:
-    """(B, H, W) -> (B, 256, 256): bilinear, then Gaussian with zero padding (which darkens the border, as published)."""
-    resized = F.interpolate(anomaly_map.unsqueeze(1), size=(METRIC_SIZE, METRIC_SIZE), mode="bilinear", align_corners=False)
-    if options.smoothing_kernel:
+    """(B, H, W) -> (B, side, side): bilinear to the metric's size if it has one, then a Gaussian of the kernel's width.
+
+    INP-Former and Dinomaly pad with zeros, which darkens the border. VarAD's reflected border (d c b a | a b c d) is scipy's,
+    computed on the CPU.
+    """
+    resized = anomaly_map.unsqueeze(1)
+    if options.metric_size:
+        size = (options.metric_size, options.metric_size)
+        resized = F.interpolate(resized, size=size, mode="bilinear", align_corners=False)
+    if options.smoothing_kernel and options.smoothing_border == "reflect":
+        radius, sigma = (options.smoothing_kernel - 1) // 2, options.smoothing_sigma
+        smoothed = ndimage.gaussian_filter(resized.cpu().numpy(), sigma, radius=radius, mode="reflect", axes=(2, 3))
+        resized = torch.from_numpy(smoothed).to(resized.device)
+    elif options.smoothing_kernel:
         kernel = gaussian_kernel(options.smoothing_kernel, options.smoothing_sigma).to(resized)
         resized = F.conv2d(resized, kernel, padding=options.smoothing_kernel // 2)
     return resized.squeeze(1)
@@ -73,22 +101,30 @@ def image_score(maps: Tensor, max_ratio: float) -> Tensor:
     return pixels.topk(max(1, int(pixels.shape[1] * max_ratio)), dim=1).values.mean(dim=1)
 
 
-def binary_mask(mask: Tensor, threshold: float) -> Tensor:
-    """(B, 1, H, W) in 0..1 -> (B, 256, 256) bool: nearest neighbour, then > threshold."""
-    return F.interpolate(mask, size=(METRIC_SIZE, METRIC_SIZE), mode="nearest").squeeze(1) > threshold
+def binary_mask(mask: Tensor, options: EvaluationOptions) -> Tensor:
+    """(B, 1, H, W) in 0..1 -> (B, side, side) bool: nearest neighbour to the metric's size if it has one, then > threshold."""
+    if options.metric_size:
+        mask = F.interpolate(mask, size=(options.metric_size, options.metric_size), mode="nearest")
+    return mask.squeeze(1) > options.mask_threshold
 
 
-def regions_on_grid(regions: list[DefectRegion], input_size: int, crop_size: int, threshold: float) -> list[DefectRegion]:
-    """Regions as the maps see them: (256, 256) masks by the way of all masks, saturation in pixels of that size.
+def regions_on_grid(
+    regions: list[DefectRegion],
+    input_size: int,
+    crop_size: int,
+    options: EvaluationOptions,
+    interpolation: Interpolation = "bilinear",
+) -> list[DefectRegion]:
+    """Regions as the maps see them: (side, side) masks by the way of all masks, saturation in pixels of that size.
 
     A saturation is at most the region's area, of which the crop may have left a part; a region outside the crop is left out.
     """
-    transform, found = mask_transform(input_size, crop_size), []
+    transform, found = mask_transform(input_size, crop_size, interpolation), []
     for region in regions:
         height, width = region.mask.shape
         grey = transform(Image.fromarray(region.mask.astype(np.uint8) * 255))
-        mask = binary_mask(grey.unsqueeze(0), threshold)[0].numpy()
+        mask = binary_mask(grey.unsqueeze(0), options)[0].numpy()
         if mask.any():
-            density = input_size**2 / (height * width) * (METRIC_SIZE / crop_size) ** 2
+            density = input_size**2 / (height * width) * (options.map_side(crop_size) / crop_size) ** 2
             found.append(DefectRegion(mask, min(region.saturation * density, float(mask.sum()))))
     return found

@@ -16,7 +16,8 @@ MEAN = "Mean"
 _KINDS = ("published", "reproduced", "claim")
 _CLAIMS = ("size_ratio", "flops_ratio", "auroc_loss")
 _COLUMNS = (
-    "kind", "method", "setting", "dataset", "item", *METRIC_NAMES, *_CLAIMS, "encoder", "input_size", "crop_size", "source",
+    "kind", "method", "setting", "dataset", "item", *METRIC_NAMES, *_CLAIMS, "encoder", "input_size", "crop_size",
+    "metric_size", "source",
 )  # fmt: skip
 
 
@@ -28,6 +29,7 @@ class PublishedRow:
         kind: `published` by the method's authors or others who compare with it, `reproduced` by a reader of the paper.
         item: a category, or `Mean` of all categories.
         encoder, input_size, crop_size: what it was measured with, "" if not stated or another kind of network.
+        metric_size: side of the maps that it was measured on, in pixels; 0: that of the images.
     """
 
     kind: str
@@ -39,6 +41,7 @@ class PublishedRow:
     encoder: str
     input_size: str
     crop_size: str
+    metric_size: int
     source: str
 
 
@@ -117,10 +120,12 @@ def _row(line: dict[str, str]) -> PublishedRow:
     for name, value in numbers.items():
         if not 1 < value <= 100:
             raise ValueError(f"{name} is {value:g}, expected percent")
+    if not line["metric_size"].isdecimal():
+        raise ValueError(f"metric_size {line['metric_size']!r} is no number of pixels, or 0 for that of the images")
     fields = {
         name: line[name] for name in ("kind", "method", "setting", "dataset", "item", "encoder", "input_size", "crop_size")
     }
-    return PublishedRow(**fields, metrics=metrics, source=line["source"])
+    return PublishedRow(**fields, metrics=metrics, metric_size=int(line["metric_size"]), source=line["source"])
 
 
 def _place(row: PublishedRow) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ from torch.utils.data import ConcatDataset, Dataset, Subset
 
 from models.detector import Detector
 from utils.categories import CategoryData, ModelData
-from utils.evaluation import calibrate_scale, evaluate
+from utils.evaluation import SCALE_SIDE, Evaluation, calibrate_scale, evaluate
 from utils.measurement import Measurement
 from utils.pictures import pick_worst_and_best, write_contact_sheet
 from utils.report import format_metric
@@ -22,9 +22,10 @@ _UNKNOWN_IMAGES, _UNKNOWN_QUANTILE = 64, 0.95
 Calibration = dict[str, float | list[float]]
 
 
-def _evaluated(settings: Settings, detector: Detector, data: Dataset, name: str):
+def _evaluated(settings: Settings, detector: Detector, data: Dataset, name: str, largest_side: int | None = None) -> Evaluation:
     training = settings.training
-    return evaluate(detector, data, settings.evaluation, training.batch_size, training.num_workers, training.precision, name)
+    loading = training.batch_size, training.num_workers, training.precision
+    return evaluate(detector, data, settings.evaluation, *loading, name, largest_side)
 
 
 def _spread(data: Dataset, count: int) -> Subset:
@@ -40,7 +41,7 @@ def calibrations_of(settings: Settings, detector: Detector, normal: dict[str, Da
     """
     count = max(_LEAST_PER_CATEGORY, _CALIBRATION_IMAGES // len(normal))
     parts = [_spread(data, count) for data in normal.values()]
-    evaluation = _evaluated(settings, detector, ConcatDataset(parts), f"{model.name} train")
+    evaluation = _evaluated(settings, detector, ConcatDataset(parts), f"{model.name} train", SCALE_SIDE)
     content = {"calibration": calibrate_scale(evaluation)}
     if not model.one_of_many:
         content["calibrations"], start = {}, 0
@@ -55,7 +56,7 @@ def scale_of_unknown(settings: Settings, detector: Detector, data: Dataset) -> C
 
     Median and 95 % of the pixels of at most 64 images, so that heat still means unusual.
     """
-    evaluation = _evaluated(settings, detector, _spread(data, _UNKNOWN_IMAGES), "scale of pictures")
+    evaluation = _evaluated(settings, detector, _spread(data, _UNKNOWN_IMAGES), "scale of pictures", SCALE_SIDE)
     return calibrate_scale(evaluation, _UNKNOWN_QUANTILE)
 
 

@@ -44,6 +44,11 @@ EARLIER_DEFAULTS = {  # of flags that runs from before do not name
     "scoring": "reconstruction",
     "realiad_json": ListingOptions().realiad_json,
     "adam_eps": 1e-10,
+    "optimizer": "stable_adamw",
+    "adam_beta1": 0.9,
+    "metric_size": 256,
+    "smoothing_border": "zeros",
+    "interpolation": "bilinear",
 }
 NOT_A_RUN = ("run.lock", "log.txt", "failures.csv")
 

@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 _PHOTO_SIDE = 900
 # of a training's configuration: what a model's time depends on, beside its host's flags; its values do not matter
-_NETWORK_KEYS = ("clb_stage", "encoder", "input_size", "crop_size", "act_bits", "sab")
+_NETWORK_KEYS = ("clb_stage", "encoder", "input_size", "crop_size", "interpolation", "act_bits", "sab")
 
 
 def measure_runs(folders: Sequence[Path], encoder_weights: str | None, repeats: int) -> None:
@@ -78,6 +78,6 @@ def _photo_to_map(path: Path, encoder_weights: str | None) -> Callable[[], objec
     detector, content = load_detector(path, encoder_weights)
     config = content["config"]
     deployed: Detector = detector if content["stage"] == 0 else packed_copy(detector, PackingOptions())
-    transform = image_transform(config["input_size"], config["crop_size"])
+    transform = image_transform(config["input_size"], config["crop_size"], config.get("interpolation", "bilinear"))
     photo = Image.fromarray(np.random.default_rng(0).integers(0, 255, (_PHOTO_SIDE, _PHOTO_SIDE, 3), dtype=np.uint8))
     return lambda: deployed.anomaly_map(deployed.encode(transform(photo).unsqueeze(0)))

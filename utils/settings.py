@@ -7,31 +7,34 @@ from pathlib import Path
 from binarize.linear import BinarizationOptions
 from common.errors import UserError
 from datasets.catalog import ListingOptions
+from datasets.transforms import Interpolation
 from models.build import check_sizes
 from utils.arguments import listing_options
 from utils.hosts import HOSTS
 from utils.optim import warmup_length
-from utils.protocol import EvaluationOptions
+from utils.protocol import LEAST_METRIC_SIZE, EvaluationOptions
 from utils.run_folder import EARLIER_DEFAULTS, check_plain_name, resolved_paths, run_folder_name
 from utils.training import TrainingOptions, iterations_per_epoch
 
 # what a command does with a run, not what the run is
 _NOT_STORED = ("config", "quiet", "debug", "phase", "resume", "overwrite", "force_gate")
-STAGE_SUFFIXES = {0: "-FP", 1: "", 2: "-CLB2"}
 _SETTING_NAMES = {"single": "Single-Class", "multi": "Multi-Class", "few": "Few-Shot"}
 _LOG_EVERY = 10
 # A run folder and its checkpoints belong to one choice of these.
 IDENTITY_KEYS = (
     "host", "setting", "dataset", "realiad_json", "shot", "per_category",
-    "encoder", "pos_embed", "input_size", "crop_size", "clb_stage", "load_checkpoint", "act_bits", "sab",
+    "encoder", "pos_embed", "input_size", "crop_size", "interpolation", "clb_stage", "load_checkpoint", "act_bits", "sab",
     "weight_gradient", "activation_gradient", "distill", "distill_teacher", "total_epochs", "total_iters", "batch_size",
-    "learning_rate", "final_learning_rate", "warmup_iters", "weight_decay", "adam_eps", "gradient_clip", "precision", "seed",
+    "learning_rate", "final_learning_rate", "warmup_iters", "weight_decay",
+    "optimizer", "adam_beta1", "adam_eps", "gradient_clip", "precision", "seed",
     "skip_bad_images", *(flag for host in HOSTS.values() for flag in (*host.network_flags, *host.training_flags)),
 )  # fmt: skip
 PROTOCOL_KEYS = (
     "mask_threshold",
     "smoothing_kernel",
     "smoothing_sigma",
+    "metric_size",
+    "smoothing_border",
     "max_ratio",
     "pro_mode",
     "scoring",
@@ -59,6 +62,7 @@ class DataOptions:
     max_pixels: int
     skip_bad_images: bool
     cache_images: str
+    interpolation: Interpolation = "bilinear"
 
 
 @dataclass(frozen=True)
@@ -127,10 +131,21 @@ class Settings:
         epochs, iterations = self.config["total_epochs"], self.config["total_iters"]
         if not image_count:
             raise UserError(f"{item} has no usable training image left; run `python -m scripts.check_dataset` to see why")
+        image_count -= held_out_count(image_count, self.config.get("holdout", 0.0), item)
         per_epoch = iterations_per_epoch(image_count, self.training.batch_size, item)
         total = iterations or epochs * per_epoch
         warmup = warmup_length(total) if self.config["warmup_iters"] is None else self.config["warmup_iters"]
         return replace(self.training, total_iterations=total, warmup=warmup)
+
+
+def held_out_count(images: int, share: float, item: str) -> int:
+    """How many training images are kept from the training; raises UserError if a share of them is less than two."""
+    count = round(share * images)
+    if share and count < 2:
+        raise UserError(
+            f"--holdout {share:g} keeps {count} of the {images} training images of {item}, 2 are the least; raise it"
+        )
+    return count
 
 
 def changed_protocol(stored: dict, settings: Settings) -> list[str]:
@@ -161,14 +176,7 @@ def settings_of(arguments: argparse.Namespace) -> Settings:
         data=_data_options(arguments),
         model=_model_options(arguments),
         training=_training_options(arguments),
-        evaluation=EvaluationOptions(
-            arguments.mask_threshold,
-            arguments.smoothing_kernel,
-            arguments.smoothing_sigma,
-            arguments.max_ratio,
-            arguments.pro_mode,
-            arguments.scoring,
-        ),
+        evaluation=EvaluationOptions.from_config(config),
         phase=arguments.phase,
         one_model=arguments.setting == "multi" or (arguments.setting == "few" and not arguments.per_category),
         test_checkpoint=Path(arguments.test_checkpoint) if arguments.test_checkpoint else None,
@@ -200,6 +208,7 @@ def _data_options(arguments: argparse.Namespace) -> DataOptions:
         max_pixels=arguments.max_pixels,
         skip_bad_images=arguments.skip_bad_images,
         cache_images=arguments.cache_images,
+        interpolation=arguments.interpolation,
     )
 
 
@@ -234,6 +243,8 @@ def _training_options(arguments: argparse.Namespace) -> TrainingOptions:
         num_workers=arguments.num_workers,
         save_every=arguments.save_every,
         log_every=_LOG_EVERY,
+        optimizer=arguments.optimizer,
+        adam_beta1=arguments.adam_beta1,
     )
 
 
@@ -246,7 +257,7 @@ def default_save_name(arguments: argparse.Namespace) -> str:
         name += "-Per-Category"
     elif arguments.setting == "multi" and "+" in arguments.dataset:
         name = f"Super-{name}"
-    return f"{arguments.host}-{name}{STAGE_SUFFIXES[arguments.clb_stage]}"
+    return f"{arguments.host}-{name}{HOSTS[arguments.host].stage_suffixes[arguments.clb_stage]}"
 
 
 def _check_combinations(arguments: argparse.Namespace) -> None:
@@ -256,6 +267,8 @@ def _check_combinations(arguments: argparse.Namespace) -> None:
         raise UserError(
             f"--smoothing_kernel {arguments.smoothing_kernel} is even; use {arguments.smoothing_kernel + 1}, or 0 for none"
         )
+    if 0 < arguments.metric_size < LEAST_METRIC_SIZE:
+        raise UserError(f"--metric_size {arguments.metric_size} is less than {LEAST_METRIC_SIZE} and not 0 (the crop's size)")
     if arguments.setting != "few" and (getattr(arguments, "shot", None) or getattr(arguments, "per_category", False)):
         raise UserError("--shot and --per_category are for few images; give --setting few with them, or leave them out")
     if arguments.resume and arguments.overwrite:
@@ -273,7 +286,7 @@ def _check_combinations(arguments: argparse.Namespace) -> None:
     if stage == 2 and not arguments.load_checkpoint and training:
         raise UserError(
             "--clb_stage 2 starts from a stage-1 model: give --load_checkpoint NAME (its save_name, by default "
-            f"{default_save_name(arguments).removesuffix(STAGE_SUFFIXES[2])}) or a model.pth"
+            f"{default_save_name(argparse.Namespace(**{**vars(arguments), 'clb_stage': 1}))}) or a model.pth"
         )
     if arguments.distill and training and not (arguments.distill_teacher or (stage == 1 and arguments.load_checkpoint)):
         raise UserError("--distill needs a float model: give --distill_teacher NAME (its save_name) or a model.pth of stage 0")

@@ -1,6 +1,10 @@
 """The training phase: train, save and evaluate every model of a command that is not finished."""
 
 import logging
+from collections.abc import Iterator
+
+from torch import Tensor
+from torch.utils.data import Dataset
 
 from binarize.stages import calibrate
 from common.errors import UserError
@@ -8,16 +12,17 @@ from models.detector import Detector
 from utils.categories import ModelData, log_data
 from utils.checkpoint import save_checkpoint
 from utils.detectors import check_referenced_checkpoints, open_checkpoint, start_detector
-from utils.devices import seed_everything
+from utils.devices import autocast, seed_everything
 from utils.distributed import on_main, only_on_main, world_size
 from utils.experiment import Experiment, count_cost, evaluate_category, log_start, others_go_on, plan
+from utils.loading import loaded_batches
 from utils.logs import log_to_file
-from utils.prepared_data import Places, PreparedData, prepare
+from utils.prepared_data import Places, prepare, split_held_out
 from utils.report import write_run_report
 from utils.result_files import MetricsLog, write_chosen_files
 from utils.results import calibrations_of
 from utils.run_folder import RunFolder
-from utils.settings import IDENTITY_KEYS, PROTOCOL_KEYS
+from utils.settings import IDENTITY_KEYS, PROTOCOL_KEYS, Settings, held_out_count
 from utils.training import TrainingOptions, first_global_batch, fit
 
 logger = logging.getLogger(__name__)
@@ -98,6 +103,8 @@ def _train_model(experiment: Experiment, model: ModelData, places: Places) -> No
     detector = start_detector(settings, model, experiment.encoder, experiment.host, experiment.device)
     finished = run.rows().keys() if settings.resume else set()
     data = prepare(settings, model, detector, places, finished)
+    options = settings.training_for(model.name, len(data.train))
+    kept = held_out_count(len(data.train), settings.config.get("holdout", 0.0), model.name)
     on_main(lambda: _open_folder(experiment, model, detector))
 
     folder, expected = model.folder(run.path), experiment.description(model)
@@ -107,7 +114,10 @@ def _train_model(experiment: Experiment, model: ModelData, places: Places) -> No
         detector = experiment.restored(content, path)
         logger.info("%s: already trained, only evaluated (--resume)", model.name)
     else:
-        _fit(experiment, model, detector, data)
+        images, held_out = split_held_out(data.train, kept, settings.training.seed)
+        _fit(experiment, model, detector, images, options, data.features)
+        with autocast(detector.device, settings.training.precision):
+            detector.eval().calibrate(_inputs_of(settings, detector, held_out))
         content = {
             **expected,
             **on_main(lambda: calibrations_of(settings, detector, data.normal, model)),
@@ -140,21 +150,30 @@ def _open_folder(experiment: Experiment, model: ModelData, detector: Detector) -
     count_cost(run, detector, settings.data.crop_size)
 
 
-def _fit(experiment: Experiment, model: ModelData, detector: Detector, data: PreparedData) -> None:
+def _fit(
+    experiment: Experiment, model: ModelData, detector: Detector, images: Dataset, options: TrainingOptions, features: str
+) -> None:
     settings, run = experiment.settings, experiment.run
-    options = settings.training_for(model.name, len(data.train))
     logger.info("%s: %s", model.name, _describe_training(options))
-    calibrated = calibrate(detector, first_global_batch(data.train, options).to(detector.device))
+    calibrated = calibrate(detector, first_global_batch(images, options).to(detector.device))
     if calibrated:
         logger.info("%s: thresholds and scales of %d binary layers set from the first batch", model.name, calibrated)
     identity = {
         **experiment.description(model),
-        "image_count": len(data.train),
+        "image_count": len(images),
         "total_iterations": options.total_iterations,
-        "features": data.features,
+        "features": features,
     }
     log = MetricsLog(run.path / "metrics.jsonl", model.name)
-    fit(detector, data.train, options, model.folder(run.path), identity, log, settings.resume)
+    fit(detector, images, options, model.folder(run.path), identity, log, settings.resume)
+
+
+def _inputs_of(settings: Settings, detector: Detector, images: Dataset) -> Iterator[Tensor]:
+    """Batches on the device, loaded when they are asked for."""
+    training = settings.training
+    with loaded_batches(images, training.num_workers, batch_size=training.batch_size) as batches:
+        for batch in batches:
+            yield batch["image"].to(detector.device)
 
 
 def _describe_training(options: TrainingOptions) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 from torch.utils.data import Dataset, Sampler, default_collate
 from tqdm import tqdm
 
@@ -20,12 +21,14 @@ from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.devices import autocast
 from utils.distributed import is_main, joined, on_main, peers_expected, rank, world_size
 from utils.loading import loaded_batches
-from utils.optim import StableAdamW, learning_rate
+from utils.optim import build_optimizer, learning_rate
 from utils.result_files import MetricsLog
 from utils.run_folder import EARLIER_DEFAULTS
 from utils.stopping import StopRequest
 
 logger = logging.getLogger(__name__)
+
+_BETA2 = 0.999
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,8 @@ class TrainingOptions:
     num_workers: int
     save_every: int
     log_every: int
+    optimizer: str = "stable_adamw"
+    adam_beta1: float = 0.9
 
 
 class ShuffledBatches(Sampler):
@@ -114,14 +119,15 @@ def fit(
         NumericError: the loss or the gradient is not finite; the last checkpoint is kept.
         PeerLost: another process ended.
     """
-    optimizer = StableAdamW(parameter_groups(detector, options.weight_decay), lr=options.peak_rate, eps=options.adam_eps)
+    groups, betas = parameter_groups(detector, options.weight_decay), (options.adam_beta1, _BETA2)
+    optimizer = build_optimizer(options.optimizer, groups, options.peak_rate, betas, options.adam_eps)
     last = folder / "last.pth"
     start = _restore(last, detector, optimizer, identity) if resume and last.is_file() else 0
     on_main(lambda: log.truncate(start))
     detector.train()
     model = _loss_module(detector)
     order = ShuffledBatches(len(data), options.batch_size, options.seed, start, options.total_iterations, rank(), world_size())
-    device, began = detector.device, time.perf_counter()
+    device, began, largest_norm = detector.device, time.perf_counter(), options.gradient_clip or math.inf
     with (
         StopRequest() as stop,
         loaded_batches(data, options.num_workers, batch_sampler=order) as batches,
@@ -135,7 +141,7 @@ def fit(
             torch.manual_seed(_noise_seed(options.seed, iteration))  # instead of a random state in every checkpoint
             optimizer.zero_grad(set_to_none=True)
             loss, parts = _backward(model, batch["image"].to(device), options)
-            norm = torch.nn.utils.clip_grad_norm_(list(detector.trainable_parameters()), options.gradient_clip).item()
+            norm = torch.nn.utils.clip_grad_norm_(list(detector.trainable_parameters()), largest_norm).item()
             (value, *part_values), stopped = stop.agree(torch.stack([loss.detach(), *parts.values()]))
             if not math.isfinite(value) or not math.isfinite(norm):
                 raise NumericError(_describe_failure(iteration, value, norm, rate, joined(batch["path"]), last))
@@ -210,7 +216,7 @@ def _describe_failure(iteration: int, loss: float, norm: float, rate: float, pat
     )
 
 
-def save_training_state(path: Path, detector: Detector, optimizer: StableAdamW, iteration: int, identity: dict) -> None:
+def save_training_state(path: Path, detector: Detector, optimizer: Optimizer, iteration: int, identity: dict) -> None:
     """Everything that `fit` needs to go on as if it had not stopped."""
     save_checkpoint(
         path,
@@ -224,7 +230,7 @@ def save_training_state(path: Path, detector: Detector, optimizer: StableAdamW, 
     )
 
 
-def _restore(path: Path, detector: Detector, optimizer: StableAdamW, identity: dict) -> int:
+def _restore(path: Path, detector: Detector, optimizer: Optimizer, identity: dict) -> int:
     content = load_checkpoint(path)
     processes = content.get("processes", 1)  # absent in files from before there were several
     if processes != world_size():
