@@ -13,7 +13,7 @@ import VarAD
 from common.errors import Interrupted
 from models import state_space
 from models.varad import VarAD as VarADDetector
-from scripts import evaluate, export, predict
+from scripts import benchmark_varad, evaluate, export, predict
 from tests.conftest import command_line, run_folder
 from tests.miniature import make_mvtec
 from tests.test_resume import assert_same
@@ -260,3 +260,14 @@ def test_image_sizes_are_rounded_down_to_whole_patches():
             )
         )
         assert (settings.data.input_size, settings.data.crop_size) == (expected, expected)
+
+
+def test_the_benchmark_measures_every_size_and_preset(capsys):
+    flags = ["--encoder", "random_vit_tiny_14", "--image_size", "112", "150", "--preset", "paper"]
+    assert benchmark_varad.main(flags) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[-2:]]
+    assert [row[:3] for row in rows] == [["112", "64", "paper"], ["140", "100", "paper"]]
+    for row in rows:
+        encoder, scan, rest, whole, peak = map(float, row[3:])
+        assert whole == pytest.approx(encoder + scan + rest, abs=0.02)
+        assert peak > 100
