@@ -7,7 +7,7 @@ import yaml
 
 from common.errors import UserError
 from utils.arguments import base_parser, parse
-from utils.hosts import INP_FORMER
+from utils.hosts import INP_FORMER, VARAD
 from utils.protocol import EvaluationOptions
 from utils.settings import Settings, changed_protocol, settings_of
 
@@ -78,6 +78,20 @@ def test_impossible_values_end_with_code_2(flags):
     with pytest.raises(SystemExit) as stop:
         settings(*flags)
     assert stop.value.code == 2
+
+
+def test_the_order_of_directions_and_hierarchies_means_nothing(capsys):
+    parser = base_parser("", VARAD, ["single"])
+    given = settings_of(parse(parser, ["--directions", "reversed_row", "row", "--hierarchies", "3", "1"]))
+    assert (given.config["directions"], given.config["hierarchies"]) == (["row", "reversed_row"], [1, 3])
+    with pytest.raises(SystemExit, match="2"):
+        parse(parser, ["--directions", "row", "column", "row"])
+    assert "argument --directions: one is named twice" in capsys.readouterr().err
+
+
+def test_few_images_are_all_trained_on():
+    with pytest.raises(UserError, match="--holdout keeps images from the training and few-shot has none to spare"):
+        settings("--setting", "few", "--holdout", "0.1", setting="few")
 
 
 def test_even_smoothing_kernel():

@@ -10,14 +10,12 @@ import torch
 import yaml
 
 import VarAD
-from common.errors import Interrupted
 from models import state_space
-from models.varad import VarAD as VarADDetector
 from scripts import benchmark_varad, evaluate, export, predict
 from tests.conftest import command_line, run_folder
 from tests.miniature import make_mvtec
 from tests.test_resume import assert_same
-from utils import train_phase, training
+from utils import training
 from utils.checkpoint import load_checkpoint
 
 NAME = "VarAD-Single-Class"
@@ -81,25 +79,6 @@ def test_the_optimiser_is_the_authors(runs, monkeypatch):
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(
         set(map(id, decayed["params"] + other["params"]))
     )
-
-
-@pytest.mark.parametrize("cache", ["off", "disk"])
-def test_an_interrupted_training_resumes_to_the_same_model(runs, monkeypatch, cache):
-    whole, parts = f"VarAD-whole-{cache}", f"VarAD-parts-{cache}"
-    flags = (*ITERATIONS, "--item", "bottle", "--cache_features", cache)
-    assert runs.call(*flags, "--save_name", whole) == 0
-    save = training.save_training_state
-
-    def stop(path, detector, optimizer, iteration, identity):
-        save(path, detector, optimizer, iteration, identity)
-        if iteration == 2:
-            raise Interrupted(2)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(training, "save_training_state", stop)
-        assert runs.call(*flags, "--save_name", parts, "--save_every", "2") == 130
-    assert runs.call(*flags, "--save_name", parts, "--save_every", "2", "--resume") == 0
-    assert_same(runs.model(whole)["model"], runs.model(parts)["model"])
 
 
 def test_the_test_phase_repeats_the_results(runs):
@@ -181,10 +160,9 @@ def test_onnx_is_refused(runs, tmp_path, capsys):
         ),
         (("--m", "1", "--zero_init_adapter", "--adapter", "none"), "--zero_init_adapter is for the linear adapter"),
         (("--m", "1", "--detach_target", "--adapter", "none"), "need something that changes the target"),
-        (("--m", "1", "--directions", "row", "row"), "--directions names one twice"),
         (("--m", "1", "--sab", "mixed"), "--sab and --distill are for attention decoders"),
         (("--m", "1", "--preset", "paper", "--clb_stage", "2", "--load_checkpoint", "x"), "--preset paper has none"),
-        (("--m", "1", "--holdout", "0.1"), "--holdout keeps images for --standardise"),
+        (("--m", "1", "--pred_next_n", "4"), "--m and --pred_next_n both say"),
         (("--m", "1", "--adapter", "lora", "--cache_features", "ram"), "--adapter lora changes the encoder"),
         (("--m", "1", "--scoring", "prototype", "--phase", "test"), "VarAD has none"),
         (("--m", "1", "--clb_stage", "2"), "by default VarAD-Single-Class-CLB1"),
@@ -217,23 +195,6 @@ def test_the_scan_that_was_asked_for_computes_and_is_named(runs, monkeypatch):
     assert runs.call(*ITERATIONS[:-1], "--item", "bottle", "--save_name", "VarAD-torch", "--ssm", "torch") == 0
     assert set(asked) == {"torch"}
     assert "scan: plain torch (--ssm torch)" in (runs.folder("VarAD-torch") / "log.txt").read_text()
-
-
-def test_held_out_images_are_not_trained_on_and_calibrate_alone(runs, monkeypatch):
-    trained, calibrated = set(), []
-    fit = train_phase.fit
-
-    def seen(detector, data, *arguments):
-        trained.update(data[index]["path"] for index in range(len(data)))
-        return fit(detector, data, *arguments)
-
-    monkeypatch.setattr(train_phase, "fit", seen)
-    monkeypatch.setattr(VarADDetector, "calibrate", lambda detector, batches: calibrated.append(sum(map(len, batches))))
-    flags = ("--item", "bottle", "--standardise", "--holdout", "0.4", "--save_name", "VarAD-held-out")
-    assert runs.call(*ITERATIONS, *flags) == 0
-    every = {str(path) for path in (runs.root / "data" / "bottle" / "train" / "good").iterdir()}
-    assert (len(every), len(trained), calibrated) == (8, 5, [3])
-    assert trained < every
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int8"])

@@ -77,6 +77,13 @@ def _add_data_flags(group, settings: Sequence[str]) -> None:
         help="of that resize; with bicubic masks take the nearest pixel",
     )
     group.add_argument(
+        "--holdout",
+        type=number(float, 0, 0.5),
+        default=0.0,
+        metavar="SHARE",
+        help="of every category's training images, kept from the training for the thresholds and scales learned after it",
+    )
+    group.add_argument(
         "--skip_bad_images",
         action=argparse.BooleanOptionalAction,
         default=False,

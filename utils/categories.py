@@ -4,6 +4,7 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
+from common.errors import UserError
 from datasets.catalog import DataSource, choose_items, data_sources, label_of
 from datasets.check import shared_images, undecodable
 from datasets.few_shot import VARIANTS_PER_IMAGE, choose_shots
@@ -15,7 +16,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class CategoryData:
-    """Records of one category; bad ones are already left out, images shared by training and test are only listed."""
+    """Records of one category; bad ones are already left out, images shared by training and test are only listed.
+
+    `held_out`: how many of `train` are not trained on.
+    """
 
     item: str
     source: DataSource
@@ -23,6 +27,7 @@ class CategoryData:
     test: list[Record]
     bad: list[tuple[Record, str]]
     shared: list[tuple[Path, Path]]
+    held_out: int = 0
 
     def chosen_files(self) -> list[str]:
         """Training images, relative to the root of the data set."""
@@ -54,8 +59,8 @@ class ModelData:
 
     @property
     def training_count(self) -> int:
-        """Training images, in few-shot with all their variants."""
-        return self.variants * sum(len(category.train) for category in self.categories)
+        """Images that are trained on, in few-shot with all their variants."""
+        return self.variants * sum(len(category.train) - category.held_out for category in self.categories)
 
 
 def list_data(settings: Settings) -> list[CategoryData]:
@@ -73,8 +78,18 @@ def list_data(settings: Settings) -> list[CategoryData]:
         if options.shot is not None and settings.phase == "train":
             train = choose_shots(train, options.shot, settings.training.seed, name)
         check_mask_sizes(test, options.max_pixels)
-        categories.append(CategoryData(item, source, train, test, bad, shared_images(train, test)))
+        held_out = _held_out_count(len(train), options.holdout, name) if train else 0
+        categories.append(CategoryData(item, source, train, test, bad, shared_images(train, test), held_out))
     return categories
+
+
+def _held_out_count(images: int, share: float, item: str) -> int:
+    count = round(share * images)
+    if share and count < 2:
+        raise UserError(
+            f"--holdout {share:g} keeps {count} of the {images} training images of {item}, 2 are the least; raise it"
+        )
+    return count
 
 
 def all_items(settings: Settings) -> list[str]:
@@ -97,10 +112,12 @@ def log_data(category: CategoryData) -> None:
     logger.info(
         "%s: %d images to train on, %d good and %d defective test images",
         category.item,
-        len(category.train),
+        len(category.train) - category.held_out,
         len(category.test) - defective,
         defective,
     )
+    if category.held_out:
+        logger.info("%s: %d more training images held out (--holdout)", category.item, category.held_out)
     for trained, tested in category.shared:
         logger.warning("%s: the same image is in train and test: %r and %r", category.item, str(trained), str(tested))
     if not category.test:

@@ -21,6 +21,15 @@ def number(kind: type, low: float, high: float = math.inf):
     return convert
 
 
+class InOrder(argparse.Action):
+    """Several of the choices, each once, kept in the order of the choices: the order on the command line means nothing."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        if len(set(values)) < len(values):
+            parser.error(f"argument {option_string}: one is named twice; give each once")
+        setattr(namespace, self.dest, sorted(values, key=list(self.choices).index))
+
+
 def dataset_names(text: str) -> str:
     """A converter for argparse: one known data set, or several joined with +."""
     for name in text.split("+"):

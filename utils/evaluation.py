@@ -166,7 +166,7 @@ def _map_in_memory(map_of: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor
 
 
 def calibrate_scale(evaluation: Evaluation, quantile: float = 0.999) -> dict[str, float | list[float]]:
-    """What normal looks like, from maps and scores of training images: the fixed scale of heat maps and thresholds.
+    """What normal looks like, from maps and scores of normal images: the fixed scale of heat maps and thresholds.
 
     `map_median` and `map_limit` (the quantile) of all pixels; `scores` of all images, ascending.
     """

@@ -158,7 +158,8 @@ def _features_of_noise(detector: Detector, content: dict) -> torch.Tensor:
 def _decision(packed: Detector, content: dict, options: ThresholdOptions) -> tuple[dict, dict]:
     """Threshold with its origin, and the scale of the maps."""
     if options.images is None:
-        scale, source = content["calibration"], "scores of training images, stored by the training"
+        images = "held-out training images" if content["config"].get("holdout") else "training images"
+        scale, source = content["calibration"], f"scores of {images}, stored by the training"
     else:
         records = [Record(path, 0, content["item"]) for path in options.images]
         config = content["config"]

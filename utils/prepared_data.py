@@ -26,8 +26,8 @@ class PreparedData:
     """What one model learns from and is measured on.
 
     Attributes:
-        train: all training images, in few-shot all their variants.
-        normal: category -> its training images as they are.
+        train: the images that are trained on, in few-shot all their variants.
+        normal: category -> its held-out training images; if none are held out, all its training images as they are.
         test: category -> test images, of categories that are not finished.
         features: precision of cached features, or "not cached".
     """
@@ -69,20 +69,24 @@ def prepare(settings: Settings, model: ModelData, detector: Detector, places: Pl
         )
         for category in model.categories
     }
+    split = {
+        category.item: _split_held_out(parts[category.item], category.held_out, settings.training.seed)
+        for category in model.categories
+    }
     test = {
         category.item: test_images(settings, category, detector, places)
         for category in model.categories
         if category.item not in finished
     }
     return PreparedData(
-        train=ConcatDataset(parts.values()),
-        normal={item: Subset(part, range(0, len(part), model.variants)) for item, part in parts.items()},
+        train=ConcatDataset([trained for trained, _ in split.values()]),
+        normal={item: Subset(kept, range(0, len(kept), model.variants)) for item, (_, kept) in split.items()},
         test=test,
         features="float16" if all(isinstance(part, FeatureDataset) for part in parts.values()) else "not cached",
     )
 
 
-def split_held_out(images: Dataset, count: int, seed: int) -> tuple[Dataset, Dataset]:
+def _split_held_out(images: Dataset, count: int, seed: int) -> tuple[Dataset, Dataset]:
     """Images to train on, and a random `count` of them that is kept for what is learned afterwards; all for both if it is 0."""
     if not count:
         return images, images

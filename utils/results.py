@@ -37,7 +37,7 @@ def _spread(data: Dataset, count: int) -> Subset:
 def calibrations_of(settings: Settings, detector: Detector, normal: dict[str, Dataset], model: ModelData) -> dict:
     """What maps and scores of normal images look like: `calibration` of all; for one model of many, `calibrations` of each.
 
-    From at most 256 training images in all, but 16 of every category.
+    `normal`: by category, of which at most 256 images in all are taken, but 16 of every category.
     """
     count = max(_LEAST_PER_CATEGORY, _CALIBRATION_IMAGES // len(normal))
     parts = [_spread(data, count) for data in normal.values()]

@@ -49,6 +49,7 @@ EARLIER_DEFAULTS = {  # of flags that runs from before do not name
     "metric_size": 256,
     "smoothing_border": "zeros",
     "interpolation": "bilinear",
+    "holdout": 0.0,
 }
 NOT_A_RUN = ("run.lock", "log.txt", "failures.csv")
 

@@ -23,8 +23,9 @@ _LOG_EVERY = 10
 # A run folder and its checkpoints belong to one choice of these.
 IDENTITY_KEYS = (
     "host", "setting", "dataset", "realiad_json", "shot", "per_category",
-    "encoder", "pos_embed", "input_size", "crop_size", "interpolation", "clb_stage", "load_checkpoint", "act_bits", "sab",
-    "weight_gradient", "activation_gradient", "distill", "distill_teacher", "total_epochs", "total_iters", "batch_size",
+    "encoder", "pos_embed", "input_size", "crop_size", "interpolation", "holdout",
+    "clb_stage", "load_checkpoint", "act_bits", "sab", "weight_gradient", "activation_gradient",
+    "distill", "distill_teacher", "total_epochs", "total_iters", "batch_size",
     "learning_rate", "final_learning_rate", "warmup_iters", "weight_decay",
     "optimizer", "adam_beta1", "adam_eps", "gradient_clip", "precision", "seed",
     "skip_bad_images", *(flag for host in HOSTS.values() for flag in (*host.network_flags, *host.training_flags)),
@@ -49,7 +50,7 @@ MEASURING_KEYS = (*PROTOCOL_KEYS, "precision", "skip_bad_images", "realiad_json"
 class DataOptions:
     """Which images: one path for each data set of `dataset` ("A+B"), `items` the wanted categories or None for all.
 
-    `shot`: training images per category, None for all of them.
+    `shot`: training images per category, None for all of them; `holdout`: share of them that is not trained on.
     """
 
     dataset: str
@@ -57,6 +58,7 @@ class DataOptions:
     items: list[str] | None
     listing: ListingOptions
     shot: int | None
+    holdout: float
     input_size: int
     crop_size: int
     max_pixels: int
@@ -131,21 +133,10 @@ class Settings:
         epochs, iterations = self.config["total_epochs"], self.config["total_iters"]
         if not image_count:
             raise UserError(f"{item} has no usable training image left; run `python -m scripts.check_dataset` to see why")
-        image_count -= held_out_count(image_count, self.config.get("holdout", 0.0), item)
         per_epoch = iterations_per_epoch(image_count, self.training.batch_size, item)
         total = iterations or epochs * per_epoch
         warmup = warmup_length(total) if self.config["warmup_iters"] is None else self.config["warmup_iters"]
         return replace(self.training, total_iterations=total, warmup=warmup)
-
-
-def held_out_count(images: int, share: float, item: str) -> int:
-    """How many training images are kept from the training; raises UserError if a share of them is less than two."""
-    count = round(share * images)
-    if share and count < 2:
-        raise UserError(
-            f"--holdout {share:g} keeps {count} of the {images} training images of {item}, 2 are the least; raise it"
-        )
-    return count
 
 
 def changed_protocol(stored: dict, settings: Settings) -> list[str]:
@@ -203,6 +194,7 @@ def _data_options(arguments: argparse.Namespace) -> DataOptions:
         items=arguments.item,
         listing=listing_options(arguments),
         shot=arguments.shot if arguments.setting == "few" else None,
+        holdout=arguments.holdout,
         input_size=arguments.input_size,
         crop_size=arguments.crop_size,
         max_pixels=arguments.max_pixels,
@@ -271,6 +263,8 @@ def _check_combinations(arguments: argparse.Namespace) -> None:
         raise UserError(f"--metric_size {arguments.metric_size} is less than {LEAST_METRIC_SIZE} and not 0 (the crop's size)")
     if arguments.setting != "few" and (getattr(arguments, "shot", None) or getattr(arguments, "per_category", False)):
         raise UserError("--shot and --per_category are for few images; give --setting few with them, or leave them out")
+    if arguments.setting == "few" and arguments.holdout:
+        raise UserError("--holdout keeps images from the training and few-shot has none to spare; leave it out")
     if arguments.resume and arguments.overwrite:
         raise UserError("--resume continues a run and --overwrite deletes it; give one of them")
     if arguments.force_gate is not None and (training or stage == 0 or arguments.sab == "off"):

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Iterator
 
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import ConcatDataset, Dataset
 
 from binarize.stages import calibrate
 from common.errors import UserError
@@ -17,12 +17,12 @@ from utils.distributed import on_main, only_on_main, world_size
 from utils.experiment import Experiment, count_cost, evaluate_category, log_start, others_go_on, plan
 from utils.loading import loaded_batches
 from utils.logs import log_to_file
-from utils.prepared_data import Places, prepare, split_held_out
+from utils.prepared_data import Places, prepare
 from utils.report import write_run_report
 from utils.result_files import MetricsLog, write_chosen_files
 from utils.results import calibrations_of
 from utils.run_folder import RunFolder
-from utils.settings import IDENTITY_KEYS, PROTOCOL_KEYS, Settings, held_out_count
+from utils.settings import IDENTITY_KEYS, PROTOCOL_KEYS, Settings
 from utils.training import TrainingOptions, first_global_batch, fit
 
 logger = logging.getLogger(__name__)
@@ -104,7 +104,6 @@ def _train_model(experiment: Experiment, model: ModelData, places: Places) -> No
     finished = run.rows().keys() if settings.resume else set()
     data = prepare(settings, model, detector, places, finished)
     options = settings.training_for(model.name, len(data.train))
-    kept = held_out_count(len(data.train), settings.config.get("holdout", 0.0), model.name)
     on_main(lambda: _open_folder(experiment, model, detector))
 
     folder, expected = model.folder(run.path), experiment.description(model)
@@ -114,10 +113,9 @@ def _train_model(experiment: Experiment, model: ModelData, places: Places) -> No
         detector = experiment.restored(content, path)
         logger.info("%s: already trained, only evaluated (--resume)", model.name)
     else:
-        images, held_out = split_held_out(data.train, kept, settings.training.seed)
-        _fit(experiment, model, detector, images, options, data.features)
+        _fit(experiment, model, detector, data.train, options, data.features)
         with autocast(detector.device, settings.training.precision):
-            detector.eval().calibrate(_inputs_of(settings, detector, held_out))
+            detector.eval().calibrate(_inputs_of(settings, detector, ConcatDataset(data.normal.values())))
         content = {
             **expected,
             **on_main(lambda: calibrations_of(settings, detector, data.normal, model)),

@@ -10,7 +10,7 @@ from models.detector import Detector
 from models.selective_scan import BACKENDS, describe_backend
 from models.state_space import DIRECTIONS, PRESETS
 from models.varad import ADAPTERS, HIERARCHIES, LOSSES, VarADOptions, VarADTraining
-from utils.converters import number
+from utils.converters import InOrder, number
 from utils.distributed import started_processes
 from utils.host import Config, Host, fields_of
 
@@ -36,10 +36,22 @@ def _add_varad_flags(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument("--preset", choices=list(PRESETS), default="released", help="form of the state-space block")
     group.add_argument(
-        "--directions", nargs="+", choices=DIRECTIONS, default=list(DIRECTIONS), metavar="NAME", help=" ".join(DIRECTIONS)
+        "--directions",
+        nargs="+",
+        action=InOrder,
+        choices=DIRECTIONS,
+        default=list(DIRECTIONS),
+        metavar="NAME",
+        help=" ".join(DIRECTIONS),
     )
     group.add_argument(
-        "--hierarchies", nargs="+", type=int, choices=HIERARCHIES, default=list(HIERARCHIES), help="thirds of the encoder"
+        "--hierarchies",
+        nargs="+",
+        action=InOrder,
+        type=int,
+        choices=HIERARCHIES,
+        default=list(HIERARCHIES),
+        help="thirds of the encoder",
     )
     group.add_argument("--adapter", choices=ADAPTERS, default="linear", help="trained layer on the encoder's tokens")
     group.add_argument(
@@ -49,27 +61,24 @@ def _add_varad_flags(group: argparse._ArgumentGroup) -> None:
         help="start the linear adapter as the identity",
     )
     group.add_argument(
-        "--m", type=number(float, 0, 1000), default=4.0, help="rows between a token and the last one it is predicted from"
+        "--m",
+        type=number(float, 0, 1000),
+        help="rows between a token and the last one it is predicted from (default 4)",
     )
-    group.add_argument(
-        "--pred_next_n", type=number(int, 1), help="the same in tokens, halved per hierarchy (the release's 256)"
-    )
+    group.add_argument("--pred_next_n", type=number(int, 1), help="instead in tokens, halved per hierarchy (the release's 256)")
     group.add_argument("--d_state", type=number(int, 1, 256), help="states per channel (default: the preset's)")
     group.add_argument("--learn_start", action=argparse.BooleanOptionalAction, default=False, help="train the start tokens")
     group.add_argument(
         "--standardise",
         action=argparse.BooleanOptionalAction,
         default=False,
-        help="maps relative to the usual error at each position (one for all categories of a model), see --holdout",
+        help="maps relative to the usual error at each position (one for all categories of a model); --holdout 0.1 with it",
     )
     group.add_argument("--loss", choices=LOSSES, default="released")
     group.add_argument(
         "--detach_target", action=argparse.BooleanOptionalAction, default=False, help="train no adapter to be predictable"
     )
     group.add_argument("--variance_floor", type=number(float, 0, 1), default=0.0, help="of target tokens; less is penalised")
-    group.add_argument(
-        "--holdout", type=number(float, 0, 0.5), help="share of training images kept for --standardise (default 0.1 with it)"
-    )
     group.add_argument("--ssm", choices=BACKENDS, default="auto", help="what computes the scan in training")
     group.add_argument(
         "--score",
@@ -96,11 +105,10 @@ def _check_varad(arguments: argparse.Namespace) -> None:
             f"--image_size {arguments.image_size} and --crop_size {arguments.crop_size} contradict, on the command line "
             "or with a --config; give one of them"
         )
-    for flag in ("directions", "hierarchies"):
-        if len(set(getattr(arguments, flag))) < len(getattr(arguments, flag)):
-            raise UserError(f"--{flag} names one twice; give each once")
     grid = arguments.crop_size // patch
     options = _varad_options(vars(arguments))
+    if options.m is not None and options.pred_next_n is not None:
+        raise UserError("--m and --pred_next_n both say how far back predictions start; give one of them")
     longest = max(options.distance(hierarchy, grid) for hierarchy in options.hierarchies)
     shortest = min(options.distance(hierarchy, grid) for hierarchy in options.hierarchies)
     if shortest < 1 or longest >= grid * grid:
@@ -112,8 +120,6 @@ def _check_varad(arguments: argparse.Namespace) -> None:
         raise UserError("--sab and --distill are for attention decoders and VarAD has none; leave them out")
     if arguments.clb_stage == 2 and not PRESETS[arguments.preset].mlp:
         raise UserError(f"--clb_stage 2 binarizes the MLP and --preset {arguments.preset} has none; stage 1 is all there is")
-    if arguments.holdout and not arguments.standardise:
-        raise UserError("--holdout keeps images for --standardise; give both")
     if arguments.total_epochs and arguments.total_iters:
         raise UserError("--total_epochs and --total_iters both say how long to train; give one of them")
     if arguments.zero_init_adapter and "linear" not in arguments.adapter:
@@ -137,6 +143,7 @@ def _choose_varad_defaults(arguments: argparse.Namespace) -> Config:
         "encoder": encoder,
         "input_size": arguments.crop_size or size,
         "crop_size": arguments.input_size // patch * patch if arguments.input_size else size,
+        "m": 4.0 if arguments.pred_next_n is None else None,
         "total_epochs": None if arguments.total_iters else 10,
         "max_ratio": _SCORES["max"],
         "final_learning_rate": arguments.learning_rate,
@@ -159,7 +166,7 @@ def _prepare_varad(detector: Detector, config: Config) -> None:
 VARAD = Host(
     name="VarAD",
     network_flags=tuple(field.name for field in fields(VarADOptions)),
-    training_flags=(*(field.name for field in fields(VarADTraining)), "holdout"),
+    training_flags=tuple(field.name for field in fields(VarADTraining)),
     folder_flags=(),
     add_flags=_add_varad_flags,
     defaults={
@@ -167,6 +174,7 @@ VARAD = Host(
         "input_size": None,
         "crop_size": None,
         "interpolation": "bicubic",
+        "holdout": None,
         "clb_stage": 0,
         "sab": "off",
         "total_epochs": None,
