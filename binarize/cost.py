@@ -86,7 +86,7 @@ class _MapPass(torch.nn.Module):
 def _count_macs(detector: Detector, crop_size: int) -> dict[str, int]:
     """MACs of products, convolutions, attention and scans that each module does itself, by module name ("" is the detector).
 
-    Runs on shapes alone, without data. The encoder counts as one module.
+    Runs on shapes alone, without data.
     """
     map_pass = _MapPass(detector)
     tensors = [*map_pass.named_parameters(), *map_pass.named_buffers()]
@@ -98,7 +98,7 @@ def _count_macs(detector: Detector, crop_size: int) -> dict[str, int]:
     counted = {
         "" if name == root else name.removeprefix(f"{root}.detector."): sum(operations.values()) // 2  # a MAC is 2 operations
         for name, operations in counter.get_flop_counts().items()
-        if name.startswith(root) and not name.startswith(f"{root}.detector.{_ENCODER}.")
+        if name.startswith(root)
     }
     own = dict(counted)
     for name, macs in counted.items():

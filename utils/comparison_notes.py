@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from datasets.catalog import ListingOptions
-from models.build import ENCODERS
+from models.build import patch_size_of
 from utils.comparison import Group, Section
 from utils.published import PublishedRow
 from utils.report import points_at_most
@@ -122,7 +122,7 @@ def _has_setup_of(row: PublishedRow, config: dict) -> bool:
     """Whether a run has the encoder and the sizes of a published row; without a crop its images end at whole patches."""
     if row.encoder != config["encoder"]:
         return False
-    patch, size = ENCODERS[row.encoder].patch_size, int(row.input_size)
+    patch, size = patch_size_of(row.encoder), int(row.input_size)
     expected = (size, int(row.crop_size)) if row.crop_size else (size // patch * patch,) * 2
     return (config["input_size"], config["crop_size"]) == expected
 

@@ -9,23 +9,21 @@ import torch
 from torch import Tensor, nn
 
 from binarize.int8 import to_int8
-from binarize.linear import BinarizationOptions
 from binarize.packed import read_file, to_bytes
 from binarize.packed_blocks import pack_modules
 from binarize.runtime import prepare_modules
-from binarize.stages import binarize
 from common.errors import UserError
-from models.build import ENCODERS, build_encoder, build_encoder_without_weights
+from models.build import ENCODERS, build_encoder_without_weights
 from models.detector import Detector
+from utils.host import BINARY_KEYS
 from utils.hosts import HOSTS
 
 logger = logging.getLogger(__name__)
 
 ENCODER_PRECISIONS = ("fp32", "bf16", "int8")
 TRAINED_PRECISIONS = ("fp32", "fp16", "int8")
-_BINARY_KEYS = ("act_bits", "sab", "weight_gradient", "activation_gradient")
 # of a training's configuration: what determines the network; the rest may name files of the machine that trained it
-_NETWORK_KEYS = ("pos_embed", "input_size", "crop_size", *_BINARY_KEYS)
+_NETWORK_KEYS = ("pos_embed", "input_size", "crop_size", *BINARY_KEYS)
 _WEIGHTS_OF_SCANS = ("x_proj", "step_weight", "start")
 _VECTORS_OF_TWO_DIMENSIONS = ("prototype_token", "step_bias", "skip", "usual_error", "error_deviation")
 _FLOAT_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.float16}
@@ -180,9 +178,9 @@ def _skeleton(description: dict, options: PackingOptions, encoder_weights: str |
             named["name"], config["crop_size"], named["source"], named["sha256"], named["published_parameters"], host.taps
         )
         detector = host.build(encoder, config)
-        binarize(detector, description["stage"], BinarizationOptions(*(config[key] for key in _BINARY_KEYS)))
+        host.convert(detector, description["stage"], config, {})
     if options.encoder_reference:
-        detector.encoder = build_encoder(named["name"], config["crop_size"], encoder_weights, config["pos_embed"], host.taps)
+        detector.encoder = host.build_encoder(named["name"], config["crop_size"], encoder_weights, config["pos_embed"])
         if detector.encoder.weights_sha256 != named["sha256"]:
             raise UserError(
                 f"wrong encoder: the model was trained on {named['name']} from {named['source']} of sha256 "

@@ -48,7 +48,7 @@ def plan_features(settings: Settings, models: list[ModelData], detector: Detecto
     parts = {"test": [_images(settings, category.test) for category in categories if category.test]}
     if settings.phase == "train":
         parts = {"train": [_training_images(settings, category) for category in categories], **parts}
-    if settings.cache_features == "off" or detector.trains_encoder:
+    if settings.cache_features == "off" or not detector.caches_features:
         return dict.fromkeys(parts, "off")
     folder, identity = settings.save_dir / "feature_cache", _identity(settings, detector)
     return plan_cache(

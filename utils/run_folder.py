@@ -50,6 +50,7 @@ EARLIER_DEFAULTS = {  # of flags that runs from before do not name
     "smoothing_border": "zeros",
     "interpolation": "bilinear",
     "holdout": 0.0,
+    "schedule": "cosine",
 }
 NOT_A_RUN = ("run.lock", "log.txt", "failures.csv")
 

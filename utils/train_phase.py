@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterator
+from functools import partial
 
 from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset
@@ -113,11 +114,17 @@ def _train_model(experiment: Experiment, model: ModelData, places: Places) -> No
         detector = experiment.restored(content, path)
         logger.info("%s: already trained, only evaluated (--resume)", model.name)
     else:
+        record = {}
+        if not (settings.resume and (folder / "last.pth").is_file()):  # which holds what was learned before
+            normal = ConcatDataset(data.normal.values())
+            passes = [partial(_inputs_of, settings, detector, images) for images in (data.train, normal)]
+            record = experiment.host.prepare(detector, settings.config, *passes)
         _fit(experiment, model, detector, data.train, options, data.features)
         with autocast(detector.device, settings.training.precision):
             detector.eval().calibrate(_inputs_of(settings, detector, ConcatDataset(data.normal.values())))
         content = {
             **expected,
+            **record,
             **on_main(lambda: calibrations_of(settings, detector, data.normal, model)),
             "protocol": {key: settings.config[key] for key in PROTOCOL_KEYS},
         }

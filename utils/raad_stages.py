@@ -1,0 +1,18 @@
+"""RAAD's stages one after another: a run folder each, every one started from the one before."""
+
+import argparse
+
+from utils.hosts import RAAD
+from utils.phases import run_experiment
+from utils.raad_host import FINETUNE, stages_of
+from utils.settings import default_save_name, settings_of
+
+
+def run_stages(arguments: argparse.Namespace) -> int:
+    """Train or test the stages that a command asks for; returns the exit code of the first that does not end with 0, or 0."""
+    arguments.clb_stage = FINETUNE  # the name of the last stage is the others' without their suffix
+    for of_stage in stages_of(arguments, default_save_name(arguments)):
+        code = run_experiment(settings_of(of_stage), RAAD)
+        if code:
+            return code
+    return 0
