@@ -72,6 +72,7 @@ KINDS = {
 }
 
 
+
 def linear(colour: Colour) -> np.ndarray:
     """sRGB colour, 0 to 1, as linear light."""
     return np.power(np.asarray(colour, np.float32), 2.2)

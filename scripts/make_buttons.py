@@ -93,7 +93,7 @@ def draw(picture: Picture, side: int) -> None:
 def make(arguments: argparse.Namespace) -> int:
     """Draw the data set into a new or empty folder."""
     output = arguments.output
-    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+    if output.exists() and not (output.is_dir() ):
         raise UserError(f"--output {str(output)!r} already holds something; give a new or an empty folder")
     counts = (arguments.train, arguments.test_good, arguments.test_defective)
     pictures = planned(output, arguments.classes, counts, arguments.seed)
