@@ -1,11 +1,11 @@
-"""Synthetic photographs of buttons, good and with one small defect each: rendered, so that no licence binds them.
+"""Synthetic photographs of buttons: rendered, so that no licence binds them.
 
-A button is a height field over its material. One lamp lights it by its normals; what the defect changes is put into the
-height field, the material or the outline before the picture is taken, so that it is lit like everything else.
+A button is a height field over its material, lit by one lamp. A defect (`datasets.button_defects`) changes the height field,
+the material or the outline before the picture is taken, so that it is lit like everything else.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import cv2
 import numpy as np
@@ -70,7 +70,6 @@ KINDS = {
     "class3": Kind("wood", (0.67, 0.46, 0.28), (0.86, 0.86, 0.85), 4, 0.090, 0.22, _GROOVE, 0.02, (0.10, 0.75, 1.00)),
     "class4": Kind("metal", (0.60, 0.59, 0.57), (0.34, 0.38, 0.36), 2, 0.105, 0.24, _PLATE, 0.06, (0.45, 0.84, 0.99)),
 }
-
 
 
 def linear(colour: Colour) -> np.ndarray:

@@ -6,7 +6,7 @@ python VarAD.py --dataset Folder --data_path datasets/buttons_1024 --image_size 
 
 The classes are plastic with four holes, mother-of-pearl with two, wood with four and metal with two. Results on these
 pictures say what a method does with small defects at high resolution; they are not comparable with published ones.
-The same seed gives the same bytes, and every picture depends on the seed, its class, its part and its number alone.
+The same command gives the same pictures with the same libraries, and no picture depends on how many others there are.
 """
 
 import argparse
@@ -38,22 +38,21 @@ class Picture:
     """One file to write; a defective one has a mask beside it.
 
     Attributes:
-        seed: seed, numbers of the class, of the part and of the picture in it.
+        item: the class.
+        index: number among the pictures of its part, which names it.
+        entropy: what its random generator starts from.
     """
 
     folder: Path
-    seed: tuple[int, int, int, int]
+    item: str
+    index: int
+    entropy: tuple[int, ...]
     defect: str | None = None
 
     @property
     def name(self) -> str:
         """Without the ending."""
-        return f"{self.seed[-1]:03d}"
-
-    @property
-    def item(self) -> str:
-        """The class."""
-        return list(KINDS)[self.seed[1]]
+        return f"{self.index:03d}"
 
 
 def planned(output: Path, classes: int, counts: tuple[int, int, int], seed: int) -> list[Picture]:
@@ -64,12 +63,12 @@ def planned(output: Path, classes: int, counts: tuple[int, int, int], seed: int)
     """
     defects = list(DEFECTS)
     pictures = []
-    for number_of_class, item in enumerate(list(KINDS)[:classes]):
+    for class_index, item in enumerate(list(KINDS)[:classes]):
         for part, count in enumerate(counts):
             for index in range(count):
                 defect = defects[index % len(defects)] if part == 2 else None
                 folder = output / item / ("train", "test", "test")[part] / (defect or "good")
-                pictures.append(Picture(folder, (seed, number_of_class, part, index), defect))
+                pictures.append(Picture(folder, item, index, (seed, class_index, part, index), defect))
     return pictures
 
 
@@ -80,7 +79,7 @@ def save(path: Path, pixels: np.ndarray) -> None:
 
 def draw(picture: Picture, side: int) -> None:
     """Draw one picture from a generator of its own, and write it and its mask."""
-    generator, kind = np.random.default_rng(picture.seed), KINDS[picture.item]
+    generator, kind = np.random.default_rng(picture.entropy), KINDS[picture.item]
     if picture.defect is None:
         save(picture.folder / f"{picture.name}.png", button(generator, kind, side))
         return
@@ -93,7 +92,7 @@ def draw(picture: Picture, side: int) -> None:
 def make(arguments: argparse.Namespace) -> int:
     """Draw the data set into a new or empty folder."""
     output = arguments.output
-    if output.exists() and not (output.is_dir() ):
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise UserError(f"--output {str(output)!r} already holds something; give a new or an empty folder")
     counts = (arguments.train, arguments.test_good, arguments.test_defective)
     pictures = planned(output, arguments.classes, counts, arguments.seed)
