@@ -1,8 +1,8 @@
 """Parameters, bits, bytes and multiply-accumulates (MACs) of a detector, counted module by module.
 
-Binary weights count 1 bit, everything else 32. A MAC of a layer whose weights and activations are both binary is one bit
-operation and is also given at 1/64 of a float MAC, the convention of the binary-network literature; milliseconds follow
-another law and are measured, not counted. Latent float weights exist in training only and are not counted.
+Binary weights count 1 bit, quantized ones theirs, everything else 32. A MAC of a layer whose weights and activations are both
+binary is one bit operation and is also given at 1/64 of a float MAC, the convention of the binary-network literature;
+milliseconds follow another law and are measured, not counted. Latent float weights exist in training only and are not counted.
 """
 
 from dataclasses import dataclass
@@ -32,6 +32,7 @@ class Cost:
     parameters: int = 0
     binary_parameters: int = 0
     added_parameters: int = 0  # scales, thresholds and gates, which the float model does not have
+    saved_bits: int = 0  # by weights of 2 to 8 bits
     float_macs: int = 0
     binary_macs: int = 0
 
@@ -40,13 +41,14 @@ class Cost:
             self.parameters + other.parameters,
             self.binary_parameters + other.binary_parameters,
             self.added_parameters + other.added_parameters,
+            self.saved_bits + other.saved_bits,
             self.float_macs + other.float_macs,
             self.binary_macs + other.binary_macs,
         )
 
     @property
     def bits(self) -> int:
-        return 32 * (self.parameters - self.binary_parameters) + self.binary_parameters
+        return 32 * (self.parameters - self.binary_parameters) + self.binary_parameters - self.saved_bits
 
     @property
     def bytes(self) -> int:
@@ -132,9 +134,12 @@ def cost_table(detector: Detector, crop_size: int) -> dict[str, Cost]:
     binary_weights = {f"{name}.weight" for name, module in detector.named_modules() if isinstance(module, BinaryLinear)}
     added = {id(parameter) for parameter in scale_parameters(detector)}
     table: dict[str, Cost] = {}
+    quantized = {name: module for name, module in detector.named_modules() if hasattr(module, "weight_quantizer")}
+    saved = {f"{name}.weight": 32 - module.bits for name, module in quantized.items()}
     for name, parameter in detector.named_parameters():
         count = parameter.numel()
-        cost = Cost(count, count if name in binary_weights else 0, count if id(parameter) in added else 0)
+        binary, own = count if name in binary_weights else 0, count if id(parameter) in added else 0
+        cost = Cost(count, binary, own, saved_bits=count * saved.get(name, 0))
         table[_part_name(name)] = table.get(_part_name(name), Cost()) + cost
 
     binary_modules = {
@@ -146,7 +151,11 @@ def cost_table(detector: Detector, crop_size: int) -> dict[str, Cost]:
         if macs:
             table[_part_name(name)] += Cost(binary_macs=macs) if name in binary_modules else Cost(float_macs=macs)
 
+    if not detector.runs_encoder:
+        table[_ENCODER] = Cost()
     trained = sum((cost for part, cost in table.items() if part != _ENCODER), Cost())
+    if not detector.runs_encoder:
+        return {**table, "decoder side": trained, "whole model": trained, "with unused blocks": trained}
     unused = Cost(parameters=detector.encoder.published_parameters - table[_ENCODER].parameters)
     whole = trained + table[_ENCODER]
     return {**table, "decoder side": trained, "whole model": whole, "with unused blocks": whole + unused}

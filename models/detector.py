@@ -16,6 +16,7 @@ class Detector(nn.Module, ABC):
 
     encoder: nn.Module
     trains_encoder = False  # with true, `encode` changes during the training
+    runs_encoder = True  # with false, something else has taken its place
     caches_features = True  # with false, what the frozen part makes of images is not kept
 
     @abstractmethod

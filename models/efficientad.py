@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as transforms
 
 from common.errors import NumericError
+from common.normalisation import IMAGENET_MEAN, IMAGENET_STD
 from models.detector import Detector
 from models.patch_description import Autoencoder, FrozenTeacher, PatchDescriptionNetwork, map_side
 
@@ -22,7 +23,6 @@ MAP_NORMALISATIONS = ("quantile", "none")
 _QUANTILES = (0.9, 0.995)  # of the maps of normal images: they become 0 and
 _UPPER = 0.1  # this much
 _AUTOENCODER_WIDTHS = {"small": 64, "medium": 64, "tiny": 8}
-_IMAGE_MEAN, _IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # what the images were normalised with
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,14 @@ class EfficientAD(Detector):
     def teacher(self) -> nn.Module:
         """The network to imitate: the frozen one or, once there is one, its quantized copy."""
         return self.encoder.network if self.quantized_teacher is None else self.quantized_teacher
+
+    @property
+    def runs_encoder(self) -> bool:
+        return self.quantized_teacher is None
+
+    def parameters_without_decay(self) -> list[nn.Parameter]:
+        """Steps of quantizers: decay would draw them to 1."""
+        return [value for name, value in self.named_parameters() if name.endswith(".log_step") and value.requires_grad]
 
     def train(self, mode: bool = True) -> "EfficientAD":
         super().train(mode)
@@ -212,7 +220,7 @@ def jittered(images: Tensor, amount: float) -> Tensor:
 
     Which of the three and how much is drawn per image from torch's global generator; colours are kept within 0 to 1.
     """
-    mean, std = (torch.tensor(values).to(images)[:, None, None] for values in (_IMAGE_MEAN, _IMAGE_STD))
+    mean, std = (torch.tensor(values).to(images)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
     adjustments = (transforms.adjust_brightness, transforms.adjust_contrast, transforms.adjust_saturation)
     kinds = torch.randint(len(adjustments), (len(images),)).tolist()
     factors = torch.empty(len(images)).uniform_(1 - amount, 1 + amount).tolist()

@@ -30,7 +30,7 @@ class VarADOptions:
         hierarchies: which of the encoder's three taps are predicted.
         adapter: trained layer on the tokens, low-rank changes of the encoder itself, or both; one of `ADAPTERS`.
         zero_init_adapter: start it as the identity.
-        m: how many rows before a token its prediction ends; None: by `pred_next_n`.
+        m: how many rows before a token its prediction ends.
         pred_next_n: that distance in tokens for the first hierarchy, halved for each further (the release's 256); None: by m.
         d_state: states per channel; None: the preset's.
         learn_start: train the start tokens.
@@ -42,7 +42,7 @@ class VarADOptions:
     hierarchies: tuple[int, ...] = HIERARCHIES
     adapter: str = "linear"
     zero_init_adapter: bool = False
-    m: float | None = 4.0
+    m: float = 4.0
     pred_next_n: int | None = None
     d_state: int | None = None
     learn_start: bool = False

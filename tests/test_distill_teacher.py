@@ -66,16 +66,18 @@ def distil(tmp_path, photos, monkeypatch):
     return call
 
 
-def stop_in_batch(monkeypatch, wanted: int, number: int = signal.SIGTERM) -> None:
-    """Let a signal arrive while the source computes its features for the so-manieth time."""
-    calls, original = iter(range(1, 1000)), TinyMaps.forward
+def record_batches(monkeypatch, stop_in: int = 0, number: int = signal.SIGTERM) -> list[int]:
+    """How many images the source sees at a time, as they come; a signal arrives in batch `stop_in`, the first being 1."""
+    seen, original = [], TinyMaps.forward
 
     def forward(maps: TinyMaps, images: Tensor) -> list[Tensor]:
-        if next(calls) == wanted:
+        seen.append(len(images))
+        if len(seen) == stop_in:
             os.kill(os.getpid(), number)
         return original(maps, images)
 
     monkeypatch.setattr(TinyMaps, "forward", forward)
+    return seen
 
 
 def metadata(path: Path) -> dict[str, str]:
@@ -120,17 +122,19 @@ def test_the_teacher_is_trained_on_normalised_targets_with_padding(distil, tmp_p
     assert float(metadata(tmp_path / "one.safetensors")["loss"]) == pytest.approx(expected.item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("wanted", [2, 3, 5])  # in the statistics of 3 batches, at their end, in the training
+@pytest.mark.parametrize("stop_in", [2, 3, 5])  # in the statistics of 3 batches, at their end, in the training
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_stopped_run_goes_on_bit_for_bit(distil, tmp_path, monkeypatch, wanted, number, code):
+def test_a_stopped_run_goes_on_bit_for_bit(distil, tmp_path, monkeypatch, stop_in, number, code):
     assert distil("whole") == 0
     with monkeypatch.context() as patch:
-        stop_in_batch(patch, wanted, number)
+        record_batches(patch, stop_in, number)
         assert distil("stopped") == code
     assert not (tmp_path / "stopped.safetensors").exists()
     state = torch.load(tmp_path / "stopped.safetensors.state.pth", weights_only=True)
-    assert (state["statistics"]["images"], state["iteration"]) == {2: (4, 0), 3: (5, 0), 5: (5, 2)}[wanted]
+    assert (state["statistics"]["images"], state["iteration"]) == {2: (4, 0), 3: (5, 0), 5: (5, 2)}[stop_in]
+    seen = record_batches(monkeypatch)
     assert distil("stopped", "--resume") == 0
+    assert seen == {2: [1] + 6 * [2], 3: 6 * [2], 5: 4 * [2]}[stop_in]  # nothing twice
     assert (tmp_path / "stopped.safetensors").read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
 
 

@@ -163,6 +163,11 @@ def test_onnx_is_refused(runs, tmp_path, capsys):
         (("--m", "1", "--sab", "mixed"), "--sab and --distill are for attention decoders"),
         (("--m", "1", "--preset", "paper", "--clb_stage", "2", "--load_checkpoint", "x"), "--preset paper has none"),
         (("--m", "1", "--pred_next_n", "4"), "--m and --pred_next_n both say"),
+        (("--m", "1", "--standardise", "--holdout", "0"), "would take what is usual from images that were trained on"),
+        (
+            ("--m", "1", "--clb_stage", "1", "--load_checkpoint", NAME, "--holdout", "0.4", "--item", "bottle"),
+            "may have seen images that are held out now",
+        ),
         (("--m", "1", "--adapter", "lora", "--cache_features", "ram"), "--adapter lora changes the encoder"),
         (("--m", "1", "--scoring", "prototype", "--phase", "test"), "VarAD has none"),
         (("--m", "1", "--clb_stage", "2"), "by default VarAD-Single-Class-CLB1"),

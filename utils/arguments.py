@@ -84,7 +84,8 @@ def _add_data_flags(group, settings: Sequence[str]) -> None:
         type=number(float, 0, 0.5),
         default=0.0,
         metavar="SHARE",
-        help="of every category's training images, kept from the training for the thresholds and scales learned after it",
+        help="share of every category's training images, at least two, that is not trained on: thresholds and scales of maps "
+        "come from them instead of from the trained ones (not for few images)",
     )
     group.add_argument(
         "--skip_bad_images",

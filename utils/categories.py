@@ -1,6 +1,7 @@
 """The records of the wanted categories, checked before any work begins, and which of them one model is trained on."""
 
 import logging
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -86,8 +87,10 @@ def list_data(settings: Settings) -> list[CategoryData]:
 def _held_out_count(images: int, share: float, item: str) -> int:
     count = round(share * images)
     if share and count < 2:
+        more = f"give --holdout {math.ceil(200 / images) / 100:g} or more" if images > 3 else "leave it out"
         raise UserError(
-            f"--holdout {share:g} keeps {count} of the {images} training images of {item}, 2 are the least; raise it"
+            f"--holdout {share:g} keeps {count} of the {images} training images of {item}, 2 are the least; {more} "
+            "(--standardise alone means 0.1), or name other categories with --item"
         )
     return count
 

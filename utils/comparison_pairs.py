@@ -10,7 +10,7 @@ from utils.settings import IDENTITY_KEYS, PROTOCOL_KEYS
 # what a run shares with the float run that it is compared with, beside its network and its training data
 _FLOAT_KEYS = (
     "setting", "dataset", "realiad_json", "skip_bad_images", "shot", "per_category", "seed", "encoder", "pos_embed",
-    "input_size", "crop_size", "interpolation", "precision", *PROTOCOL_KEYS,
+    "input_size", "crop_size", "interpolation", "holdout", "precision", *PROTOCOL_KEYS,
 )  # fmt: skip
 _REFERENCES = ("load_checkpoint", "distill_teacher", "test_checkpoint")  # names of other runs, which carry their seed
 

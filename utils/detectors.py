@@ -126,6 +126,7 @@ def start_detector(settings: Settings, model: ModelData, encoder: FrozenEncoder,
     else:
         path = checkpoint_path(settings, options.load_checkpoint, model)
         content = open_checkpoint(path, expected, (host.start_stage(settings.config),), f"--clb_stage {options.stage}")
+        _check_held_out(settings, content, path)
         detector = restore_detector(content, path, encoder, host)
         logger.info("%s: starts from %s (stage %d)", model.name, path, content["stage"])
     host.convert(detector, options.stage, settings.config, {})
@@ -138,6 +139,18 @@ def start_detector(settings: Settings, model: ModelData, encoder: FrozenEncoder,
     return detector
 
 
+def _check_held_out(settings: Settings, content: dict, path: Path) -> None:
+    """What is held out here must not have been trained on there; the seed decides which images that is."""
+    keys = ("holdout", "seed")
+    there, here = ([{**EARLIER_DEFAULTS, **config}.get(key) for key in keys] for config in (content["config"], settings.config))
+    if settings.data.holdout and there != here:
+        raise UserError(
+            f"--holdout {here[0]:g} and --seed {here[1]}: {str(path)!r}, from which this training starts, has --holdout "
+            f"{there[0]:g} and --seed {there[1]} and may have seen images that are held out now; give the same of both, or "
+            "--holdout 0"
+        )
+
+
 def _teacher_reference(options: ModelOptions) -> str:
     return options.distillation_teacher or options.load_checkpoint
 
@@ -147,6 +160,7 @@ def check_referenced_checkpoints(settings: Settings, model: ModelData, encoder: 
     options, expected = settings.model, description(settings, model, encoder, host.name)
     if options.load_checkpoint:
         path = checkpoint_path(settings, options.load_checkpoint, model)
-        open_checkpoint(path, expected, (host.start_stage(settings.config),), f"--clb_stage {options.stage}")
+        content = open_checkpoint(path, expected, (host.start_stage(settings.config),), f"--clb_stage {options.stage}")
+        _check_held_out(settings, content, path)
     if options.distillation_weight:
         open_checkpoint(checkpoint_path(settings, _teacher_reference(options), model), expected, (0,), "--distill")

@@ -46,7 +46,7 @@ class ImagePairs(Dataset):
         photo = load_image(self.paths[index], self.max_pixels)
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + number)
         if torch.rand((), generator=generator) < _GREY_SHARE:
-            pass
+            photo = photo.convert("L").convert("RGB")
         return {"large": self.for_source(photo), "image": self.for_teacher(photo), "path": str(self.paths[index])}
 
 

@@ -23,9 +23,7 @@ def run_experiment(settings: Settings, host: Host) -> int:
         for model in models:
             settings.training_for(model.name, model.training_count)
     options = settings.model
-    encoder = host.build_encoder(
-        options.encoder, settings.data.crop_size, options.encoder_weights, options.position_embedding
-    )
+    encoder = host.build_encoder(options.encoder, settings.data.crop_size, options.encoder_weights, options.position_embedding)
     experiment = Experiment(settings, host, RunFolder(settings.run_path), encoder, device, all_items(settings), models)
     if settings.phase == "train":
         output = train_phase(experiment)

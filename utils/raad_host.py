@@ -115,7 +115,7 @@ def _add_quantization_flags(group: argparse._ArgumentGroup) -> None:
         default="adaround",
         help="adaround: learned layer by layer; nearest; lsq: nearest, and steps trained in finetune",
     )
-    group.add_argument("--range_init", choices=["minmax", "search"], default="minmax", help="ranges of weights and activations")
+    group.add_argument("--range_init", choices=["minmax", "search"], default="search", help="ranges of weights and activations")
     group.add_argument(
         "--bias_correction", action=argparse.BooleanOptionalAction, default=True, help="keep the means of all channels"
     )

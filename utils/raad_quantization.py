@@ -196,7 +196,8 @@ def restore_structure(detector: EfficientAD, layers: QuantizationOptions, state:
         detector.quantized_teacher = copy.deepcopy(detector.encoder.network)
     for prefix in prefixes:
         network = getattr(detector, prefix)
-        quantize_network(network, [_ANY_BITS] * len(network.convolutions), layers)
+        quickly = replace(layers, range_init="minmax")  # the state brings the ranges
+        quantize_network(network, [_ANY_BITS] * len(network.convolutions), quickly)
 
 
 def _record(detector: EfficientAD, decision: Allocation, errors: dict[str, list[LayerError]]) -> dict:

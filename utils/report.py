@@ -29,7 +29,7 @@ td:first-child, th:first-child { text-align: left } pre { background: #f6f6f6; p
 img { max-width: 100% } svg { background: #fafafa; margin-right: 1rem } .note { color: #666 }
 """
 _SHEET_NOTE = (
-    "Heat maps share one scale, fixed by training images. Outline: red where the map exceeds half of that scale, green the "
+    "Heat maps share one scale, fixed by normal images. Outline: red where the map exceeds half of that scale, green the "
     "ground truth; a grey mask is unknown."
 )
 

@@ -11,11 +11,11 @@ from binarize.cost import Cost
 from common.errors import UserError
 from datasets.catalog import LAYOUTS
 from utils.arguments import base_parser, parse
-from utils.hosts import HOSTS, INP_FORMER, described_network
+from utils.hosts import HOSTS, described_network
 from utils.protocol import EvaluationOptions
 from utils.report import read_cost
 from utils.result_files import Row
-from utils.run_folder import NOT_A_RUN, RunFolder
+from utils.run_folder import EARLIER_DEFAULTS, NOT_A_RUN, RunFolder
 from utils.settings import IDENTITY_KEYS, PROTOCOL_KEYS
 
 TIMING_FILE = "timing.json"
@@ -136,7 +136,8 @@ def load_run(folder: Path) -> Run:
     config = RunFolder(folder).stored_config()
     if config is None or "clb_stage" not in config:
         raise UserError(f"{str(folder)!r} is no run folder (no config.yaml of a training); give folders that a training wrote")
-    host = config.get("host", INP_FORMER.name)  # older runs do not store it
+    config = {**EARLIER_DEFAULTS, **config}
+    host = config["host"]
     if host not in HOSTS:
         raise UserError(f"{str(folder)!r} is a run of {host!r}; known hosts are {' '.join(HOSTS)}, leave that folder out")
     training = training_folder(folder)

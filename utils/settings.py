@@ -57,13 +57,13 @@ class DataOptions:
     items: list[str] | None
     listing: ListingOptions
     shot: int | None
-    holdout: float
     input_size: int
     crop_size: int
     max_pixels: int
     skip_bad_images: bool
     cache_images: str
     interpolation: Interpolation = "bilinear"
+    holdout: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -118,7 +118,10 @@ def _train_model(experiment: Experiment, model: ModelData, places: Places) -> No
         if not (settings.resume and (folder / "last.pth").is_file()):  # which holds what was learned before
             normal = ConcatDataset(data.normal.values())
             passes = [partial(_inputs_of, settings, detector, images) for images in (data.train, normal)]
-            record = experiment.host.prepare(detector, settings.config, *passes)
+            with autocast(detector.device, settings.training.precision):
+                record = experiment.host.prepare(detector, settings.config, *passes)
+            if record:  # the network has another form now
+                on_main(lambda: count_cost(run, detector, settings.data.crop_size))
         _fit(experiment, model, detector, data.train, options, data.features)
         with autocast(detector.device, settings.training.precision):
             detector.eval().calibrate(_inputs_of(settings, detector, ConcatDataset(data.normal.values())))

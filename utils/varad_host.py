@@ -26,6 +26,7 @@ VARAD_MODELS = {  # names of the authors, and of further encoders in their manne
 }
 _SCORES = {"max": 0.0, "top1%": 0.01}
 _IMAGE_SIZE = 512
+_ROWS = 4.0  # of --m
 
 
 def _add_varad_flags(group: argparse._ArgumentGroup) -> None:
@@ -64,7 +65,8 @@ def _add_varad_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--m",
         type=number(float, 0, 1000),
-        help="rows between a token and the last one it is predicted from (default 4)",
+        default=_ROWS,
+        help="rows between a token and the last one it is predicted from",
     )
     group.add_argument("--pred_next_n", type=number(int, 1), help="instead in tokens, halved per hierarchy (the release's 256)")
     group.add_argument("--d_state", type=number(int, 1, 256), help="states per channel (default: the preset's)")
@@ -108,8 +110,12 @@ def _check_varad(arguments: argparse.Namespace) -> None:
         )
     grid = arguments.crop_size // patch
     options = _varad_options(vars(arguments))
-    if options.m is not None and options.pred_next_n is not None:
+    if options.m != _ROWS and options.pred_next_n is not None:
         raise UserError("--m and --pred_next_n both say how far back predictions start; give one of them")
+    if options.standardise and not arguments.holdout:
+        raise UserError(
+            "--standardise with --holdout 0 would take what is usual from images that were trained on; give --holdout 0.1"
+        )
     longest = max(options.distance(hierarchy, grid) for hierarchy in options.hierarchies)
     shortest = min(options.distance(hierarchy, grid) for hierarchy in options.hierarchies)
     if shortest < 1 or longest >= grid * grid:
@@ -144,7 +150,6 @@ def _choose_varad_defaults(arguments: argparse.Namespace) -> Config:
         "encoder": encoder,
         "input_size": arguments.crop_size or size,
         "crop_size": arguments.input_size // patch * patch if arguments.input_size else size,
-        "m": 4.0 if arguments.pred_next_n is None else None,
         "total_epochs": None if arguments.total_iters else 10,
         "max_ratio": _SCORES["max"],
         "final_learning_rate": arguments.learning_rate,
