@@ -213,7 +213,7 @@ def _layer_calls(rows: int, inputs: int, outputs: int) -> list[Callable]:
     half = [tensor.bfloat16() for tensor in (x, weight, bias)]
     layer = nn.Linear(inputs, outputs)
     int8 = Int8Linear(layer)
-    int8.prepare()
+    int8.prepare_weights()
     threshold, ones = torch.zeros(inputs), torch.ones(inputs)
     panels = oracle.panels_of(oracle.pack_signs(weight >= 0))
     bits = operations.pack(x, threshold)

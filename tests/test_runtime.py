@@ -222,7 +222,7 @@ def test_packed_linear(path, rows, columns, tokens):
     layer, inputs = one_layer(rows, columns), torch.randn(tokens, columns)
     residual = torch.randn(tokens, rows)
     packed = PackedLinear(layer)
-    packed.prepare()
+    packed.prepare_weights()
     bits = operations.pack(inputs, packed.threshold)
     weight = numbers(layer.weight)
     products = signs(numbers(inputs) - numbers(layer.threshold)) @ signs(weight - weight.mean(axis=1, keepdims=True)).T
@@ -239,7 +239,7 @@ def test_packed_linear(path, rows, columns, tokens):
 def test_weight_only_linear(rows, columns):
     layer, inputs = one_layer(rows, columns, activation_bits=32), torch.randn(2, 3, columns)
     packed = WeightOnlyLinear(layer)
-    packed.prepare()
+    packed.prepare_weights()
     weight = numbers(layer.weight)
     scaled = signs(weight - weight.mean(axis=1, keepdims=True)) * numbers(layer.alpha)[:, None]
     expected = F.linear(inputs.double(), torch.from_numpy(scaled), layer.bias.detach().double())
@@ -323,7 +323,7 @@ def test_a_threshold_that_is_met_exactly_is_plus_one():
 def test_folded_linear_gives_the_bits_of_the_next_layer(path, hidden, columns):
     layer, following, inputs = one_layer(hidden, columns), one_layer(3, hidden), torch.randn(19, columns)
     folded = FoldedLinear(layer, following)
-    folded.prepare()
+    folded.prepare_weights()
     found = folded(operations.pack(inputs, folded.threshold))
     expected = numbers(F.gelu(layer(inputs)) - following.threshold) >= 0
     plain = np.unpackbits(found.numpy().view(np.uint8), axis=1, bitorder="little")
