@@ -32,18 +32,18 @@ class Cost:
     parameters: int = 0
     binary_parameters: int = 0
     added_parameters: int = 0  # scales, thresholds and gates, which the float model does not have
-    saved_bits: int = 0  # by weights of 2 to 8 bits
     float_macs: int = 0
     binary_macs: int = 0
+    saved_bits: int = 0  # by weights of 2 to 8 bits
 
     def __add__(self, other: "Cost") -> "Cost":
         return Cost(
             self.parameters + other.parameters,
             self.binary_parameters + other.binary_parameters,
             self.added_parameters + other.added_parameters,
-            self.saved_bits + other.saved_bits,
             self.float_macs + other.float_macs,
             self.binary_macs + other.binary_macs,
+            self.saved_bits + other.saved_bits,
         )
 
     @property
@@ -152,7 +152,7 @@ def cost_table(detector: Detector, crop_size: int) -> dict[str, Cost]:
             table[_part_name(name)] += Cost(binary_macs=macs) if name in binary_modules else Cost(float_macs=macs)
 
     if not detector.runs_encoder:
-        table[_ENCODER] = Cost()
+        table.pop(_ENCODER)
     trained = sum((cost for part, cost in table.items() if part != _ENCODER), Cost())
     if not detector.runs_encoder:
         return {**table, "decoder side": trained, "whole model": trained, "with unused blocks": trained}

@@ -1,4 +1,4 @@
-"""Make one file of a trained model: packed bits for this project's engine, or ONNX for other runtimes.
+"""Make one file of a trained model: packed bits for this project's engine, or ONNX for other runtimes (RAAD's: integers).
 
 python -m scripts.export --checkpoint RUN/bottle/model.pth --output bottle.binaryad
 python -m scripts.export --checkpoint RUN/bottle/model.pth --output bottle.binaryad --calibration_images my_parts/good
@@ -81,7 +81,7 @@ def export(arguments: argparse.Namespace) -> int:
 def _refuse_packed_flags(arguments: argparse.Namespace) -> None:
     for name in ("encoder_precision", "trained_precision", "encoder_reference"):
         if getattr(arguments, name):
-            raise UserError(f"--{name} is for .binaryad files; an ONNX graph is float32 throughout")
+            raise UserError(f"--{name} is for .binaryad files; an ONNX graph is as precise as the trained model")
 
 
 def _check_numbers(arguments: argparse.Namespace) -> None:

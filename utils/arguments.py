@@ -1,6 +1,7 @@
 """The command line: one parser for all entry scripts, with defaults from a YAML file."""
 
 import argparse
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn, get_args
@@ -14,6 +15,7 @@ from utils.config_file import config_tokens
 from utils.converters import dataset_names, number
 from utils.hosts import Host
 from utils.loading import default_worker_count
+from utils.metrics import BEST_F1, NO_TRUE_FALSE
 from utils.optim import DEFAULT_WARMUP, OPTIMIZERS, SCHEDULES
 from utils.protocol import DEFAULT_METRIC_SIZE, Scoring, SmoothingBorder
 
@@ -85,7 +87,7 @@ def _add_data_flags(group, settings: Sequence[str]) -> None:
         default=0.0,
         metavar="SHARE",
         help="share of every category's training images, at least two, that is not trained on: thresholds and scales of maps "
-        "come from them instead of from the trained ones (not for few images)",
+        "come from them instead of from the trained ones (not for few images; of MVTec-LOCO its validation images)",
     )
     group.add_argument(
         "--skip_bad_images",
@@ -171,6 +173,19 @@ def _add_training_flags(group) -> None:
     group.add_argument("--cache_images", choices=["off", "disk"], default="off", help="decode and resize every image only once")
 
 
+def _true_false_rule(text: str) -> str:
+    """A converter for argparse: `off`, `f1max` or `fixed:VALUE`, the number as Python writes it."""
+    kind, _, value = text.partition(":")
+    if text in (NO_TRUE_FALSE, BEST_F1):
+        return text
+    try:
+        if kind == "fixed" and math.isfinite(float(value)):
+            return f"fixed:{float(value)}"
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"{text!r} is not {NO_TRUE_FALSE}, {BEST_F1} or fixed:VALUE with a number")
+
+
 def _add_evaluation_flags(group) -> None:
     """How it is measured."""
     group.add_argument(
@@ -198,6 +213,13 @@ def _add_evaluation_flags(group) -> None:
     )
     group.add_argument(
         "--pro_mode", choices=["exact", "dinomaly"], default="exact", help="dinomaly: 200 thresholds, for old tables"
+    )
+    group.add_argument(
+        "--true_false",
+        type=_true_false_rule,
+        default=NO_TRUE_FALSE,
+        metavar="off|f1max|fixed:VALUE",
+        help="P-TRUE and P-FALSE, recall and 1 - precision of all pixels of a category: at the best P-F1, or at a map's value",
     )
     group.add_argument(
         "--scoring",

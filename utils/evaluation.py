@@ -216,7 +216,8 @@ def measure(
     gathered = [list(gather_to_main(values)) for values in columns]
     if not is_main():
         return None
-    return measurement_of(data.records, *map(np.concatenate, gathered), pixels, options.pro_mode, item, layout, seconds)
+    rules = options.pro_mode, item, layout, seconds, options.true_false
+    return measurement_of(data.records, *map(np.concatenate, gathered), pixels, *rules)
 
 
 def _own_images(count: int, batch_size: int) -> range:

@@ -12,6 +12,8 @@ from common.errors import NumericError, UserError
 from datasets.records import ImageDataset, Record
 from datasets.transforms import IMAGENET_MEAN, IMAGENET_STD, interpolation_entry
 from models.detector import Detector
+from models.efficientad import EfficientAD
+from quantize.layers import quantized_layers
 from utils.agreement import compare_on_bits, packed_copy
 from utils.checkpoint import atomic_write, check_writable, load_checkpoint
 from utils.detectors import load_detector
@@ -20,6 +22,7 @@ from utils.hosts import HOSTS
 from utils.onnx_export import export_onnx
 from utils.packed_model import PackingOptions, describe, packed_bytes
 from utils.protocol import EvaluationOptions
+from utils.raad_export import describe_efficientad, export_integers
 from utils.tables import format_rows
 
 logger = logging.getLogger(__name__)
@@ -46,7 +49,13 @@ class ThresholdOptions:
 
 def check_exportable(content: dict, path: Path) -> None:
     """Raise UserError for a model that has no packed form, or as `check_complete` does."""
-    if content["stage"] == 0 and not HOSTS[content["host"]].exports_float:
+    host = HOSTS.get(content["host"])  # an unknown one is refused when the model is loaded
+    if host and not host.binarizes:
+        raise UserError(
+            f"no packed form: {str(path)!r} is a model of {content['host']}, whose layers are not binary; export it with "
+            "--output FILE.onnx"
+        )
+    if content["stage"] == 0 and host and not host.exports_float:
         raise UserError(
             f"nothing to pack: {str(path)!r} is a float model (CLB stage 0); train --clb_stage 1 and 2 from it, or export it "
             "as it is with --output FILE.onnx"
@@ -132,8 +141,15 @@ def export_graph(checkpoint: Path, output: Path, threshold: ThresholdOptions, en
         )
     content = for_category(content, threshold.item, checkpoint)
     decision, scale = _decision(detector, content, threshold)
-    metadata = describe(detector, {**content, "calibration": scale}, decision, transform_of(content))
-    difference = export_onnx(detector, metadata, output)
+    description = describe_efficientad if isinstance(detector, EfficientAD) else describe
+    metadata = description(detector, {**content, "calibration": scale}, decision, transform_of(content))
+    side = content["config"]["crop_size"]
+    if quantized_layers(detector):
+        report = export_integers(detector, metadata, output, side)
+        logger.info("threshold: %.4f, from %s", decision["threshold"], decision["source"])
+        logger.info("%s", report.describe())
+        return
+    difference = export_onnx(detector, metadata, output, side)
     logger.info("threshold: %.4f, from %s", decision["threshold"], decision["source"])
     logger.info("ONNX Runtime and torch: maps of noise differ by at most %.1e where no bit lies at its threshold", difference)
 

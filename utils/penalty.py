@@ -1,5 +1,6 @@
 """Images of anything but the product, on which EfficientAD's student is to say nothing."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -13,6 +14,11 @@ from datasets.transforms import IMAGENET_MEAN, IMAGENET_STD
 _GREY_SHARE = 0.3
 
 
+def images_below(folder: Path) -> Iterator[Path]:
+    """Image files of a folder and of the folders in it, in no order."""
+    return (path for path in folder.rglob("*") if is_image_file(path))
+
+
 class PenaltyImages:
     """Random images of a folder and of the folders in it, drawn from torch's global generator.
 
@@ -23,7 +29,7 @@ class PenaltyImages:
     """
 
     def __init__(self, folder: Path, side: int):
-        self.paths = sorted(path for path in folder.rglob("*") if is_image_file(path))
+        self.paths = sorted(images_below(folder))
         if not self.paths:
             raise UserError(f"--penalty_images {str(folder)!r} holds no image; give a folder with some, or leave it out")
         self.transform = transforms.Compose(

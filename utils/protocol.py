@@ -12,7 +12,7 @@ from torch import Tensor
 
 from datasets.records import DefectRegion
 from datasets.transforms import Interpolation, mask_transform
-from utils.metrics import ProMode
+from utils.metrics import NO_TRUE_FALSE, ProMode, fixed_threshold
 
 DEFAULT_METRIC_SIZE = 256
 LEAST_METRIC_SIZE = 16
@@ -27,6 +27,8 @@ class EvaluationOptions:
     Attributes:
         metric_size: side of the maps and masks that are measured, in pixels; 0 for the crop's, which they have by themselves.
         smoothing_border: what the Gaussian finds beyond a map's border.
+        true_false: threshold of RAAD's TRUE and FALSE of pixels: `f1max` that of the best F1, `fixed:VALUE` a map's value,
+            `off`: they are not measured.
     """
 
     mask_threshold: float = 0.5
@@ -37,11 +39,12 @@ class EvaluationOptions:
     scoring: Scoring = "reconstruction"
     metric_size: int = DEFAULT_METRIC_SIZE
     smoothing_border: SmoothingBorder = "zeros"
+    true_false: str = NO_TRUE_FALSE
 
     @classmethod
     def from_config(cls, config: dict) -> "EvaluationOptions":
         """The protocol of a stored configuration; where one is older than a choice, it has that one's default."""
-        later = ("scoring", "metric_size", "smoothing_border")
+        later = ("scoring", "metric_size", "smoothing_border", "true_false")
         config = {**{name: getattr(cls, name) for name in later}, **config}
         return cls(**{field.name: config[field.name] for field in fields(cls)})
 
@@ -63,8 +66,15 @@ class EvaluationOptions:
         source = "distance to the nearest prototype, " if self.scoring == "prototype" else ""
         return (
             f"{source}maps at {size}; smoothing: {smoothing}; image score: {top}; "
-            f"mask: > {self.mask_threshold:g}; AUPRO: {pro}; P-AP: exact, step-wise"
+            f"mask: > {self.mask_threshold:g}; AUPRO: {pro}; P-AP: exact, step-wise{self._describe_true_false()}"
         )
+
+    def _describe_true_false(self) -> str:
+        if self.true_false == NO_TRUE_FALSE:
+            return ""
+        threshold = fixed_threshold(self.true_false)
+        rule = f"{threshold:g}" if threshold is not None else "the threshold of its best P-F1, chosen on the test images"
+        return f"; P-TRUE (recall) and P-FALSE (1 - precision): of all pixels of a category, at scores >= {rule}"
 
 
 def gaussian_kernel(size: int, sigma: float) -> Tensor:

@@ -5,20 +5,23 @@ import logging
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from common.errors import UserError
 from models.build import PDN_ENCODERS
 from models.efficientad import MAP_NORMALISATIONS, EfficientAD, EfficientADOptions, EfficientADTraining
+from models.patch_description import TEACHER_CHANNELS, PatchDescriptionNetwork
 from models.teacher import build_teacher
-from quantize.allocation import METHODS, PHIS, SHARES, AllocationOptions
+from quantize.accounting import layer_sizes
+from quantize.allocation import METHODS, PHIS, SHARES, AllocationOptions, allocate
 from quantize.blocks import STRIDE, WINDOW
 from quantize.layers import QuantizationOptions
 from quantize.reconstruction import FISHER, ReconstructionOptions
 from quantize.scores import INPUTS, SCORES, TAPS
 from utils.converters import number
 from utils.host import Config, Host, Passes, fields_of
-from utils.penalty import PenaltyImages
+from utils.penalty import PenaltyImages, images_below
 from utils.raad_quantization import QuantizationPlan, ScoringOptions, quantize_detector, restore_structure
 
 logger = logging.getLogger(__name__)
@@ -145,19 +148,45 @@ def _add_raad_flags(group: argparse._ArgumentGroup) -> None:
 
 
 def _check_raad(arguments: argparse.Namespace) -> None:
+    training = arguments.phase == "train"
     if arguments.input_size != arguments.crop_size:
         raise UserError(
             f"--input_size {arguments.input_size} and --crop_size {arguments.crop_size}: RAAD sees whole images, without a "
             "crop; give --image_size alone"
         )
+    if arguments.image_size not in (None, arguments.crop_size):
+        raise UserError(
+            f"--image_size {arguments.image_size} and --crop_size {arguments.crop_size} contradict, on the command line "
+            "or with a --config; give one of them"
+        )
     if arguments.total_epochs:
         raise UserError("--total_epochs: EfficientAD counts iterations; give --total_iters and --finetune_iters")
+    if arguments.total_iters == 0 and arguments.clb_stage == BASELINE and training:
+        raise UserError("--total_iters 0 trains no baseline; give at least 1")
     if arguments.scoring == "prototype":
         raise UserError("--scoring prototype needs prototypes and RAAD has none; leave it out")
-    if arguments.autoencoder_bits and arguments.allocation == "none":
-        raise UserError("--autoencoder_bits with --allocation none: nothing is quantized then; leave one out")
-    if arguments.penalty_images and not Path(arguments.penalty_images).is_dir():
-        raise UserError(f"--penalty_images {arguments.penalty_images!r} is no folder; give one with images of anything")
+    if arguments.sab != "off" or arguments.act_bits != 1 or arguments.distill or arguments.distill_teacher:
+        raise UserError("--sab, --act_bits and --distill are for binary networks and RAAD is quantized; leave them out")
+    if arguments.penalty_images and training and not any(images_below(Path(arguments.penalty_images))):
+        raise UserError(f"--penalty_images {arguments.penalty_images!r} is no folder with images; give one, whatever they show")
+    if arguments.allocation not in (None, "none"):
+        _check_allocation(arguments)
+
+
+def _check_allocation(arguments: argparse.Namespace) -> None:
+    """What the allocation of bits refuses, before a baseline is trained for it."""
+    method = arguments.allocation
+    if arguments.bits and method not in ("uniform", "manual"):
+        raise UserError(f"--bits with --allocation {method}, which finds them itself; give --allocation uniform or manual")
+    of_scores = arguments.hqs_phi == "budget" and method in ("hqs", "inverted")
+    if arguments.budget and not (of_scores or method in ("budget", "ompq", "hawq")):
+        raise UserError(f"--budget with --allocation {method}, which keeps none; give --allocation budget, ompq or hawq")
+    options, size = _allocation_options(vars(arguments)), PDN_ENCODERS[arguments.encoder]
+    with torch.device("meta"):  # only counted
+        networks = [PatchDescriptionNetwork(size, halves * TEACHER_CHANNELS[size]) for halves in (1, 2)]
+    parameters = [[layer.parameters for layer in layer_sizes(network)] for network in networks]
+    layers = len(parameters[0])
+    allocate(options, *parameters, scores=[1.0] * layers, perturbations=[[0.0] * len(options.choices)] * layers)
 
 
 def _choose_raad_defaults(arguments: argparse.Namespace) -> Config:
@@ -170,31 +199,47 @@ def _choose_raad_defaults(arguments: argparse.Namespace) -> Config:
     }
 
 
+def _check_stages(arguments: argparse.Namespace) -> None:
+    """What contradicts the choice of stages, which is not to be seen any more once each is a command of its own."""
+    stage, start = arguments.stage, arguments.load_checkpoint
+    if arguments.allocation == "none" and stage == "quantize":
+        raise UserError("--stage quantize with --allocation none has nothing to do; give an allocation, or --stage finetune")
+    if arguments.allocation == "none" and (arguments.bits or arguments.budget or arguments.autoencoder_bits):
+        raise UserError("--allocation none quantizes nothing; leave --bits, --budget and --autoencoder_bits out")
+    if stage == "all" and (start or arguments.test_checkpoint):
+        flag = "--load_checkpoint" if start else "--test_checkpoint"
+        raise UserError(f"{flag} is a model of one stage and --stage all means several; give that --stage with it")
+    if arguments.baseline and stage == "baseline":
+        raise UserError("--baseline names the baseline of another run and --stage baseline trains one; give --save_name alone")
+    if arguments.baseline and start not in (None, f"{arguments.baseline.removesuffix('-Baseline')}-Baseline"):
+        raise UserError(f"--baseline {arguments.baseline} and --load_checkpoint {start} name two models; give one of them")
+
+
 def stages_of(arguments: argparse.Namespace, default_name: str) -> list[argparse.Namespace]:
     """The commands that one command stands for, a stage each, with the save names by which they find each other.
 
     Flags that mean nothing to a stage are left open in it, so that its run belongs to no choice of them. Without
     quantization the finetuning goes on from the baseline; with `--baseline` the baseline is that run's.
     """
+    _check_stages(arguments)
     base = (arguments.save_name or default_name).removesuffix("-Baseline").removesuffix("-Quantized")  # of a run's config.yaml
-    baseline = f"{arguments.baseline or base}-Baseline"
-    names = (baseline, f"{base}-Quantized", base)
+    names = (f"{(arguments.baseline or base).removesuffix('-Baseline')}-Baseline", f"{base}-Quantized", base)
     wanted = [STAGES.index(arguments.stage)] if arguments.stage != "all" else [BASELINE, QUANTIZE, FINETUNE]
     quantized = arguments.allocation != "none"
     if arguments.stage == "all" and not quantized:
         wanted.remove(QUANTIZE)
     if arguments.stage == "all" and arguments.baseline:
         wanted.remove(BASELINE)
-    if not quantized and QUANTIZE in wanted:
-        raise UserError("--stage quantize with --allocation none has nothing to do; give an allocation, or --stage finetune")
     changes: dict[int, dict[str, object]] = {
         BASELINE: {flag: None for flag in (*QUANTIZATION_FLAGS, *_FINETUNE_FLAGS)} | {"baseline": None},
-        QUANTIZE: {"total_iters": 0, "load_checkpoint": names[BASELINE]} | {flag: None for flag in _FINETUNE_FLAGS},
+        QUANTIZE: {"total_iters": 0, "load_checkpoint": arguments.load_checkpoint or names[BASELINE]}
+        | {flag: None for flag in _FINETUNE_FLAGS},
         FINETUNE: {
             "total_iters": arguments.finetune_iters,
             "learning_rate": arguments.finetune_learning_rate,
-            "load_checkpoint": names[QUANTIZE if quantized else BASELINE],
-        },
+            "load_checkpoint": arguments.load_checkpoint or names[QUANTIZE if quantized else BASELINE],
+        }
+        | ({"baseline": None} if quantized else {flag: None for flag in QUANTIZATION_FLAGS if flag != "allocation"}),
     }
     return [
         argparse.Namespace(
@@ -207,15 +252,7 @@ def stages_of(arguments: argparse.Namespace, default_name: str) -> list[argparse
 def _plan(config: Config) -> QuantizationPlan:
     crop = min(_CROP, WINDOW + (config["crop_size"] - WINDOW) // STRIDE * STRIDE)
     return QuantizationPlan(
-        allocation=AllocationOptions(
-            method=config["allocation"],
-            phi=config["hqs_phi"],
-            share=config["share_bits"],
-            ends_bits=config["ends_bits"],
-            budget=config["budget"],
-            bits=tuple(config["bits"] or ()),
-            seed=config["seed"],
-        ),
+        allocation=_allocation_options(config),
         scoring=ScoringOptions(config["hqs_score"], config["hqs_input"], config["hqs_tap"]),
         layers=_layer_options(config),
         reconstruction=ReconstructionOptions(
@@ -229,6 +266,18 @@ def _plan(config: Config) -> QuantizationPlan:
         ),
         calibration_images=config["calibration_images_count"],
         autoencoder_bits=config["autoencoder_bits"],
+    )
+
+
+def _allocation_options(config: Config) -> AllocationOptions:
+    return AllocationOptions(
+        method=config["allocation"],
+        phi=config["hqs_phi"],
+        share=config["share_bits"],
+        ends_bits=config["ends_bits"],
+        budget=config["budget"],
+        bits=tuple(config["bits"] or ()),
+        seed=config["seed"],
     )
 
 
@@ -254,7 +303,8 @@ def _prepare_training(detector: EfficientAD, config: Config) -> None:
 
 def _prepare(detector: EfficientAD, config: Config, training: Passes, normal: Passes) -> Config:
     if config["clb_stage"] == QUANTIZE:
-        return quantize_detector(detector, _plan(config), training, normal)
+        with torch.autocast(detector.device.type, enabled=False):  # ranges and learned roundings need float32
+            return quantize_detector(detector, _plan(config), training, normal)
     if config["clb_stage"] == BASELINE:
         detector.prepare(training)
     return {}
@@ -285,6 +335,7 @@ RAAD = Host(
         "metric_size": 0,
         "smoothing_kernel": 0,
         "max_ratio": 0.0,
+        "true_false": "f1max",
     },
     help={
         "encoder": "teacher and student: pdn_small pdn_medium, for tests pdn_tiny",
@@ -315,5 +366,4 @@ RAAD = Host(
     build_encoder=lambda name, size, weights, positions: build_teacher(PDN_ENCODERS[name], weights),
     binarizes=False,
     stage_suffixes=("-Baseline", "-Quantized", ""),
-    exports_graph=False,
 )

@@ -11,8 +11,9 @@ from utils.settings import default_save_name, settings_of
 def run_stages(arguments: argparse.Namespace) -> int:
     """Train or test the stages that a command asks for; returns the exit code of the first that does not end with 0, or 0."""
     arguments.clb_stage = FINETUNE  # the name of the last stage is the others' without their suffix
-    for of_stage in stages_of(arguments, default_save_name(arguments)):
-        code = run_experiment(settings_of(of_stage), RAAD)
+    commands = [settings_of(of_stage) for of_stage in stages_of(arguments, default_save_name(arguments))]
+    for settings in commands:  # what the last one refuses is refused before the first one trains
+        code = run_experiment(settings, RAAD)
         if code:
             return code
     return 0

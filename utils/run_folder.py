@@ -48,6 +48,7 @@ EARLIER_DEFAULTS = {  # of flags that runs from before do not name
     "adam_beta1": 0.9,
     "metric_size": 256,
     "smoothing_border": "zeros",
+    "true_false": "off",
     "interpolation": "bilinear",
     "holdout": 0.0,
     "schedule": "cosine",

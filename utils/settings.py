@@ -37,6 +37,7 @@ PROTOCOL_KEYS = (
     "smoothing_border",
     "max_ratio",
     "pro_mode",
+    "true_false",
     "scoring",
     "allow_missing_masks",
 )
