@@ -8,7 +8,6 @@ import socket
 import urllib.request
 from pathlib import Path
 
-import safetensors
 import safetensors.torch
 import timm
 import torch
@@ -17,6 +16,7 @@ from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from common.errors import UserError
+from models.weight_files import read_state_dict
 
 logger = logging.getLogger(__name__)
 
@@ -149,23 +149,7 @@ def read_weights_file(path: Path) -> tuple[dict[str, Tensor], str]:
     Raises:
         UserError: the file is absent, damaged or holds no plain tensors.
     """
-    if not path.is_file():
-        raise UserError(f"encoder weights not found: {path} is no file; give --encoder_weights FILE (.safetensors or .pth)")
-    try:
-        if path.suffix == ".safetensors":
-            with safetensors.safe_open(path, "pt") as file:
-                source = (file.metadata() or {}).get("source", path.name)
-            return safetensors.torch.load_file(path), source
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # every reader has its own exceptions for a damaged file
-        raise UserError(
-            f"encoder weights unreadable: {path} is damaged or not a .safetensors/.pth state dict "
-            f"({type(error).__name__}); download it again"
-        ) from error
-    state = state.get("model", state) if isinstance(state, dict) else state
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise UserError(f"encoder weights unusable: {path} holds no flat state dict of tensors")
-    return state, path.name
+    return read_state_dict(path, "encoder weights", "--encoder_weights")
 
 
 def _hub_is_reachable(host: str = "huggingface.co") -> bool:

