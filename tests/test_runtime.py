@@ -1,7 +1,7 @@
 """Packed networks against the trained ones, against slow formulas in float64, and against their own files."""
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import numpy as np
@@ -12,7 +12,6 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 import utils.agreement
-import utils.packed_model
 from binarize.attention import SoftmaxAwareBinarization
 from binarize.kernels import engine, operations
 from binarize.kernels.library import PATHS, available_paths, load_library
@@ -36,6 +35,7 @@ from models.layers import PrototypeDecoderBlock
 from tests.test_binarize import numbers, plain_sab, signs
 from tests.test_packed import plain_read, rewritten, trained_like
 from utils.agreement import compare_on_bits, packed_copy
+from utils.hosts import HOSTS
 from utils.packed_model import ENCODER_PRECISIONS, TRAINED_PRECISIONS, PackingOptions, describe, load_packed, packed_bytes
 
 FLOAT = PackingOptions("fp32", "fp32")
@@ -540,12 +540,11 @@ def test_file_that_only_names_its_encoder_finds_the_weights_or_says_what_is_wron
     content, packed = file_of(2, 1, "mixed", PackingOptions("fp32", "fp32", encoder_reference=True))
     asked = []
 
-    def look_up(name, crop_size, weights_file, position_embedding, taps):
-        assert taps == "middle"
+    def look_up(name, crop_size, weights_file, position_embedding):
         asked.append((name, crop_size, weights_file, position_embedding))
         return build_encoder(name, crop_size)
 
-    monkeypatch.setattr(utils.packed_model, "build_encoder", look_up)
+    monkeypatch.setitem(HOSTS, "INP-Former", replace(HOSTS["INP-Former"], build_encoder=look_up))
     detector, _ = load(content, "weights.pth")
     assert asked == [(RANDOM_TINY_ENCODER, 56, "weights.pth", "paper")]
     images = case_of(2, 1, "mixed", 32, 56).images
