@@ -36,24 +36,6 @@ A table that was stopped goes on when the same command is given again. The repor
 END
 }
 
-refuse() { # WHAT: a command that cannot work
-    echo "error: $1; see bash scripts/table_raad.sh --help" >&2
-    exit 2
-}
-
-find_data_sets() { # sets data_paths: what is given, or the first of a data set's folders that is below the root, or nothing
-    local dataset name found=
-    for dataset in "${datasets[@]}"; do
-        data_paths[$dataset]=${given[$dataset]}
-        for name in ${folders[$dataset]}; do
-            [ -n "${data_paths[$dataset]}" ] || [ ! -d "$root/$name" ] || data_paths[$dataset]=$root/$name
-        done
-        found+=${data_paths[$dataset]}
-        [ -n "${data_paths[$dataset]}" ] || echo "$dataset is left out: none of ${folders[$dataset]} is in $root"
-    done
-    [ -n "$found" ] || refuse "no data set of ${datasets[*]} lies in '$root'"
-}
-
 flags_of() { # VARIANT: how the training script calls it, or nothing for an unknown one
     local bits=${1##*[a-z]}
     case $1 in

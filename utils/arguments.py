@@ -15,7 +15,7 @@ from utils.config_file import config_tokens
 from utils.converters import dataset_names, number
 from utils.hosts import Host
 from utils.loading import default_worker_count
-from utils.metrics import BEST_F1, NO_TRUE_FALSE
+from utils.metrics import BEST_F1, NO_TRUE_FALSE, NORMAL_QUANTILE
 from utils.optim import DEFAULT_WARMUP, OPTIMIZERS, SCHEDULES
 from utils.protocol import DEFAULT_METRIC_SIZE, Scoring, SmoothingBorder
 
@@ -174,16 +174,18 @@ def _add_training_flags(group) -> None:
 
 
 def _true_false_rule(text: str) -> str:
-    """A converter for argparse: `off`, `f1max` or `fixed:VALUE`, the number as Python writes it."""
+    """A converter for argparse: `off`, `f1max`, `val_quantile` or `fixed:VALUE`, the number as Python writes it."""
     kind, _, value = text.partition(":")
-    if text in (NO_TRUE_FALSE, BEST_F1):
+    if text in (NO_TRUE_FALSE, BEST_F1, NORMAL_QUANTILE):
         return text
     try:
         if kind == "fixed" and math.isfinite(float(value)):
             return f"fixed:{float(value)}"
     except ValueError:
         pass
-    raise argparse.ArgumentTypeError(f"{text!r} is not {NO_TRUE_FALSE}, {BEST_F1} or fixed:VALUE with a number")
+    raise argparse.ArgumentTypeError(
+        f"{text!r} is not {NO_TRUE_FALSE}, {BEST_F1}, {NORMAL_QUANTILE} or fixed:VALUE with a number"
+    )
 
 
 def _add_evaluation_flags(group) -> None:
@@ -218,8 +220,9 @@ def _add_evaluation_flags(group) -> None:
         "--true_false",
         type=_true_false_rule,
         default=NO_TRUE_FALSE,
-        metavar="off|f1max|fixed:VALUE",
-        help="P-TRUE and P-FALSE, recall and 1 - precision of all pixels of a category: at the best P-F1, or at a map's value",
+        metavar="off|f1max|val_quantile|fixed:VALUE",
+        help="P-TRUE and P-FALSE, recall and 1 - precision of all pixels of a category: at the best P-F1, at the 0.995 "
+        "quantile of normal images, or at a map's value",
     )
     group.add_argument(
         "--scoring",

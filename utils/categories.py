@@ -93,8 +93,8 @@ def _held_out_count(images: int, share: float, item: str) -> int:
     if share and count < 2:
         more = f"give --holdout {math.ceil(200 / images) / 100:g} or more" if images > 3 else "leave it out"
         raise UserError(
-            f"--holdout {share:g} keeps {count} of the {images} training images of {item}, 2 are the least; {more} "
-            "(--standardise alone means 0.1), or name other categories with --item"
+            f"--holdout {share:g} keeps {count} of the {images} training images of {item}, 2 are the least; {more}, "
+            "or name other categories with --item"
         )
     return count
 

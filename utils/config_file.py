@@ -37,7 +37,7 @@ def config_tokens(parser: argparse.ArgumentParser, path: Path) -> list[str]:
             raise UserError(f"--config {str(path)!r}: unknown setting {key!r}; {hint}")
         if value is None:
             continue
-        if value is False and "off" in (flags[key].choices or ()):
+        if value is False and "off" in (flags[key].choices or str(flags[key].metavar).split("|")):
             value = "off"  # what YAML makes of an unquoted off
         if flags[key].nargs == 0:
             if not isinstance(value, bool):

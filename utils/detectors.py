@@ -66,9 +66,10 @@ def open_checkpoint(path: Path, expected: dict, stages: tuple[int, ...], purpose
             "this host, or use the other's script"
         )
     if content["stage"] not in stages:
-        wanted = " or ".join(map(str, stages))
+        host = HOSTS[content["host"]]
+        wanted = " or ".join(map(host.stage_name, stages))
         raise UserError(
-            f"wrong stage: {purpose} needs a model of CLB stage {wanted}, {str(path)!r} is of stage {content['stage']}"
+            f"wrong stage: {purpose} needs a model of {wanted}, {str(path)!r} is of {host.stage_name(content['stage'])}"
         )
     keys = _NETWORK_KEYS + HOSTS[expected["host"]].network_flags + (_DATA_KEYS if same_data else ())
     keys += HOSTS[expected["host"]].stage_flags if content["stage"] > 0 and expected["stage"] > 0 else ()
@@ -125,10 +126,10 @@ def start_detector(settings: Settings, model: ModelData, encoder: FrozenEncoder,
         detector = host.build(encoder, settings.config)
     else:
         path = checkpoint_path(settings, options.load_checkpoint, model)
-        content = open_checkpoint(path, expected, (host.start_stage(settings.config),), f"--clb_stage {options.stage}")
+        content = open_checkpoint(path, expected, (host.start_stage(settings.config),), host.stage_flag(options.stage))
         _check_held_out(settings, content, path)
         detector = restore_detector(content, path, encoder, host)
-        logger.info("%s: starts from %s (stage %d)", model.name, path, content["stage"])
+        logger.info("%s: starts from %s (%s)", model.name, path, host.stage_name(content["stage"]))
     host.convert(detector, options.stage, settings.config, {})
     host.prepare_training(detector.to(device), settings.config)
     if options.distillation_weight:
@@ -160,7 +161,7 @@ def check_referenced_checkpoints(settings: Settings, model: ModelData, encoder: 
     options, expected = settings.model, description(settings, model, encoder, host.name)
     if options.load_checkpoint:
         path = checkpoint_path(settings, options.load_checkpoint, model)
-        content = open_checkpoint(path, expected, (host.start_stage(settings.config),), f"--clb_stage {options.stage}")
+        content = open_checkpoint(path, expected, (host.start_stage(settings.config),), host.stage_flag(options.stage))
         _check_held_out(settings, content, path)
     if options.distillation_weight:
         open_checkpoint(checkpoint_path(settings, _teacher_reference(options), model), expected, (0,), "--distill")

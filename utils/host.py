@@ -51,7 +51,8 @@ class Host:
         build_encoder: its name, the images' side, a file or None for its weights, `--pos_embed` -> frozen part.
         binarizes: whether it has the flags of binarization.
         taps: which blocks of the encoder it takes.
-        stage_suffixes: what default save names end with, by CLB stage.
+        stages: what `--stage` calls them; empty: they are CLB stages, which `--clb_stage` counts.
+        stage_suffixes: what default save names end with, by stage.
         exports_float: whether its float model (stage 0) gets a packed file, too.
         exports_graph: whether it has a form for other runtimes.
     """
@@ -75,9 +76,18 @@ class Host:
     build_encoder: Callable[[str, int, str | None, str], nn.Module] = build_encoder
     binarizes: bool = True
     taps: Taps = "middle"
+    stages: tuple[str, ...] = ()
     stage_suffixes: tuple[str, str, str] = ("-FP", "", "-CLB2")
     exports_float: bool = False
     exports_graph: bool = True
+
+    def stage_name(self, stage: int) -> str:
+        """What messages call a stage."""
+        return f"stage {self.stages[stage]}" if self.stages else f"CLB stage {stage}"
+
+    def stage_flag(self, stage: int) -> str:
+        """How a command asks for a stage."""
+        return f"--stage {self.stages[stage]}" if self.stages else f"--clb_stage {stage}"
 
 
 def fields_of(kind: type, config: Config) -> dict[str, object]:

@@ -22,7 +22,7 @@ from utils.ranks import (
 PRO_LIMIT = 0.3
 SPRO_LIMIT = 0.05
 _LINEAR_THRESHOLDS = 200
-NO_TRUE_FALSE, BEST_F1 = "off", "f1max"
+NO_TRUE_FALSE, BEST_F1, NORMAL_QUANTILE = "off", "f1max", "val_quantile"
 TRUE_FALSE_NAMES = ("P-TRUE", "P-FALSE")
 ProMode = Literal["exact", "dinomaly"]
 
@@ -125,7 +125,7 @@ def _true_and_false(scores: ExactPixelScores, ranks: Ranks, rule: str) -> tuple[
     if rule == NO_TRUE_FALSE:
         return None, None
     defective, threshold = int(ranks.counts.sum()), fixed_threshold(rule)
-    if threshold is None:
+    if rule == BEST_F1:
         found, wrong = np.cumsum(ranks.counts[::-1]), ranks.at_or_above[::-1]  # with each threshold, the highest first
         best = np.argmax(2 * found / (found + wrong + defective))
         hits, false = int(found[best]), int(wrong[best])
@@ -143,7 +143,8 @@ def collected_pixel_metrics(scores: PixelScores, pro_mode: ProMode = "exact", tr
     no error could be stated of a threshold that bins only know about.
 
     Args:
-        true_false: rule of their threshold, `f1max` or `fixed:VALUE`; `off`: they are not measured.
+        true_false: rule of their threshold, `f1max` or `fixed:VALUE`; `off`: they are not measured. `val_quantile` is none,
+            since it needs a model's normal images: `EvaluationOptions.with_threshold` makes a fixed one of it.
     """
     ranks = scores.ranks()
     if ranks is None:

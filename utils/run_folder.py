@@ -116,7 +116,7 @@ class RunFolder:
 
         Raises:
             UserError: it holds a run with another value of an identity key or fact, and `overwrite` is not given or the other
-                run has another CLB stage (a stage never overwrites another).
+                run is of another stage (a stage never overwrites another).
             ResourceError: it cannot be written.
         """
         stored = self.stored_config()
@@ -138,7 +138,7 @@ class RunFolder:
             ]
             if stored.get("clb_stage") != config["clb_stage"]:
                 raise UserError(
-                    f"{str(self.path)!r} holds CLB stage {stored.get('clb_stage')}, this command trains stage "
+                    f"{str(self.path)!r} holds stage {stored.get('clb_stage')}, this command trains stage "
                     f"{config['clb_stage']}; a stage never overwrites another: choose another --save_name"
                 )
             if differences and not overwrite:
