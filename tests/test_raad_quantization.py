@@ -11,10 +11,9 @@ import torch.nn.functional as F
 
 from models.efficientad import EfficientAD
 from quantize.layers import quantized_layers, set_quantization
-from tests.test_raad_runs import NAME, Runs, bits_of, few_crops, make_runs
+from tests.test_raad_runs import NAME, Runs, bits_of, make_runs
 from utils.detectors import load_detector
 
-__all__ = ["few_crops"]  # a fixture, here as there for every test
 FAST = ("--rounding", "nearest", "--range_init", "minmax")  # where bits are all that matters
 CHOICES = (2, 3, 4, 8)
 # parameters of teacher and student together, by layer: 4 x 4, 4 x 4, 3 x 3 and 4 x 4 weights and the biases

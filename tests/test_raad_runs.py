@@ -18,8 +18,6 @@ from datasets.images import load_image
 from datasets.transforms import IMAGENET_MEAN, IMAGENET_STD, image_transform
 from models.efficientad import EfficientAD
 from models.teacher import build_teacher
-from quantize import reconstruction
-from quantize.blocks import draw_crops
 from tests.conftest import REPOSITORY, command_line, run_folder
 from tests.miniature import make_mvtec, save
 from tests.miniature_layouts import TRAIN, make_loco
@@ -33,7 +31,17 @@ SUFFIXES = {"baseline": "-Baseline", "quantize": "-Quantized", "finetune": ""}
 FLAGS = [
     *("--encoder", "pdn_tiny", "--teacher_weights", "random", "--image_size", "64", "--batch_size", "2", "--num_workers", "0"),
     *("--device", "cpu", "--holdout", "0.4", "--total_iters", "4", "--finetune_iters", "4", "--recon_iters", "4"),
-    *("--recon_activation_iters", "2", "--recon_batch_size", "4", "--calibration_images_count", "4", "--quiet"),
+    *(
+        "--recon_activation_iters",
+        "2",
+        "--recon_batch_size",
+        "4",
+        "--recon_crops",
+        "8",
+        "--calibration_images_count",
+        "4",
+        "--quiet",
+    ),
 ]
 
 
@@ -71,14 +79,6 @@ def make_runs(root: Path, items=("bottle",)) -> Runs:
     for index in range(3):
         save(root / "other" / f"part{index}" / "image.png", generator.integers(0, 256, (40, 50, 3), dtype=np.uint8))
     return Runs(root)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def few_crops():
-    """Reconstruct on a few crops: of images as small as these, all are the same few anyway."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reconstruction, "draw_crops", lambda images, side, _, generator: draw_crops(images, side, 8, generator))
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -343,6 +343,11 @@ def test_validation_images_serve_other_networks_with_their_features_cached(tmp_p
         (("--stage", "finetune", "--rounding", "nearest", "--overwrite"), "rounding: expected 'nearest', found 'adaround'"),
         (("--stage", "finetune", "--hqs_phi", "rank", "--overwrite"), "hqs_phi: expected 'rank', found 'ratio'"),
         (("--stage", "quantize", "--holdout", "0.5", "--overwrite"), "may have seen images that are held out now"),
+        (
+            ("--stage", "finetune", "--load_checkpoint", f"{NAME}-Baseline"),
+            "--stage finetune needs a model of stage quantize, ",
+        ),
+        (("--stage", "finetune", "--load_checkpoint", f"{NAME}-Baseline"), "is of stage baseline"),
         (("--holdout", "0.1"), "--holdout 0.1 keeps 1 of the 8 training images of bottle"),
         (("--stage", "all"), "already holds training of bottle; give --resume to go on"),
         (("--stage", "all", "--hard_quantile", "0.9", "--resume"), "hard_quantile 0.999 there, 0.9 here"),
