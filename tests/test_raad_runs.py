@@ -31,17 +31,8 @@ SUFFIXES = {"baseline": "-Baseline", "quantize": "-Quantized", "finetune": ""}
 FLAGS = [
     *("--encoder", "pdn_tiny", "--teacher_weights", "random", "--image_size", "64", "--batch_size", "2", "--num_workers", "0"),
     *("--device", "cpu", "--holdout", "0.4", "--total_iters", "4", "--finetune_iters", "4", "--recon_iters", "4"),
-    *(
-        "--recon_activation_iters",
-        "2",
-        "--recon_batch_size",
-        "4",
-        "--recon_crops",
-        "8",
-        "--calibration_images_count",
-        "4",
-        "--quiet",
-    ),
+    *("--recon_activation_iters", "2", "--recon_batch_size", "4", "--recon_crops", "8"),
+    *("--calibration_images_count", "4", "--quiet"),
 ]
 
 
