@@ -222,11 +222,3 @@ def test_the_command_writes_a_model_of_every_stage(runs, tmp_path, suffix, layer
     assert (description["host"], description["stage"], description["item"]) == ("RAAD", content["stage"], content["item"])
     assert description["decision"]["threshold"] > 0
     assert (description["bits"]["student"] == [32] * 4) == (layers == 0)
-
-
-def test_other_files_of_raad_are_refused(runs, tmp_path, capsys):
-    for suffix in ("-Baseline", ""):
-        command = ["--checkpoint", str(checkpoint_of(runs, suffix)), "--output", str(tmp_path / "model.binaryad")]
-        assert export.main(command) == 2
-        assert "is a model of RAAD, whose layers are not binary; export it with --output FILE.onnx" in capsys.readouterr().err
-    assert list(tmp_path.iterdir()) == []

@@ -17,6 +17,7 @@ from models.build import ENCODERS, build_encoder_without_weights
 from models.detector import Detector
 from utils.host import BINARY_KEYS
 from utils.hosts import HOSTS
+from utils.raad_packed import skeleton, state_of
 
 logger = logging.getLogger(__name__)
 
@@ -155,23 +156,39 @@ def load_packed(path: Path, device: torch.device | str = "cpu", encoder_weights:
         UserError: no such file, damaged, foreign, too new, or its encoder cannot be had.
     """
     tensors, description = read_file(path)
+    detector = restore_packed(tensors, description, str(path), encoder_weights)
+    prepare_modules(detector.to(device))
+    return detector, description
+
+
+def restore_packed(tensors: dict[str, Tensor], description: dict, name: str, encoder_weights: str | None = None) -> Detector:
+    """The detector that a file's tensors and description are of, on the CPU; its modules are not prepared yet.
+
+    Raises:
+        UserError: they are of no model this program knows, with the file's `name`; or as `load_packed` does.
+    """
     try:
-        options = PackingOptions(**description["precision"])
-        detector = _skeleton(description, options, encoder_weights)
+        if description["host"] not in HOSTS:
+            raise ValueError(f"unknown host {description['host']!r}")
+        if HOSTS[description["host"]].binarizes:
+            options = PackingOptions(**description["precision"])
+            detector = _skeleton(description, options, encoder_weights)
+        else:
+            options, detector = PackingOptions("fp32", "fp32"), skeleton(description)
+            tensors = state_of(detector, tensors)
         _fill(detector, tensors, options)
     except (KeyError, TypeError, ValueError, AttributeError, AssertionError, RuntimeError) as error:
         raise UserError(
-            f"model unusable: {str(path)!r} does not describe a model this program knows ({error}); export it again"
+            f"model unusable: {name!r} does not describe a model this program knows ({error}); export it again"
         ) from error
-    prepare_modules(detector.to(device).eval())
-    return detector, description
+    return detector.eval()
 
 
 def _skeleton(description: dict, options: PackingOptions, encoder_weights: str | None) -> Detector:
     """The network of a description, without values, but for an encoder that is only referred to."""
     config, named = description["config"], description["encoder"]
-    if named["name"] not in ENCODERS or description["host"] not in HOSTS:
-        raise ValueError(f"unknown encoder {named['name']!r} or host {description['host']!r}")
+    if named["name"] not in ENCODERS:
+        raise ValueError(f"unknown encoder {named['name']!r}")
     host = HOSTS[description["host"]]
     with torch.device("meta"):
         encoder = build_encoder_without_weights(

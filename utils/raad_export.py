@@ -1,4 +1,7 @@
-"""RAAD as an ONNX graph of integers: what is said of it, and its proof against the trained model that computes with floats."""
+"""RAAD's files: an ONNX graph of integers, or codes packed to their bits; what is said of them, and their proofs.
+
+Both are compared with the trained model, which computes with floats, before they are written.
+"""
 
 import copy
 import tempfile
@@ -12,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from binarize.packed import from_bytes, to_bytes
 from common.errors import NumericError
 from models.efficientad import EfficientAD
 from quantize.accounting import DetectorSize, detector_size, layer_sizes
@@ -22,11 +26,14 @@ from utils.checkpoint import atomic_write
 from utils.host import Config
 from utils.hosts import HOSTS
 from utils.onnx_export import check_packages, maps_of, traced, with_metadata
+from utils.packed_model import restore_packed
+from utils.raad_packed import networks_of, stored_tensors
+from utils.tables import format_rows
 
 INTEGER_CONVOLUTIONS = ("QLinearConv", "MatMulInteger")
 _CHECKED_BATCH_SIZES = (1, 2)
 _SHARE_OFF = 0.01
-_NETWORK_KEYS = ("input_size", "crop_size")
+_NETWORK_KEYS = ("input_size", "crop_size", "output_bits")
 
 
 @dataclass(frozen=True)
@@ -60,13 +67,12 @@ class IntegerGraph:
 
 def describe_efficientad(detector: EfficientAD, content: Config, threshold: dict, transform: dict) -> dict:
     """As `utils.packed_model.describe`, of a model that has no binary layers; adds the bits of all layers, 32 for float."""
-    networks = {"teacher": detector.teacher, "student": detector.student, "autoencoder": detector.autoencoder}
     encoder, config = detector.encoder, content["config"]
     return {
         **{key: content[key] for key in ("host", "item", "stage")},
         "encoder": {"name": encoder.name, "source": encoder.source, "sha256": encoder.weights_sha256},
         "config": {key: config[key] for key in (*_NETWORK_KEYS, *HOSTS[content["host"]].network_flags)},
-        "bits": {name: [layer.bits for layer in layer_sizes(network)] for name, network in networks.items()},
+        "bits": {name: [layer.bits for layer in layer_sizes(network)] for name, network in networks_of(detector).items()},
         "preprocessing": transform,
         "protocol": content["protocol"],
         "calibration": {key: content["calibration"][key] for key in ("map_median", "map_limit")},
@@ -101,8 +107,37 @@ def export_integers(detector: EfficientAD, metadata: dict, output: Path, side: i
         len(quantized_layers(detector)),
         sum(operators[name] for name in INTEGER_CONVOLUTIONS),
         len(content),
-        detector_size(*map(layer_sizes, (detector.teacher, detector.student, detector.autoencoder))),
+        _size_of(detector),
     )
+
+
+def export_codes(detector: EfficientAD, metadata: dict, output: Path, side: int) -> str:
+    """Write the packed file of a quantized detector; returns a table of its bytes.
+
+    Raises:
+        NumericError: the file, loaded back, does not give the very maps of the detector on noise; nothing is written.
+        ResourceError: the file cannot be written.
+    """
+    content = to_bytes(stored_tensors(detector), metadata)
+    loaded = restore_packed(*from_bytes(content, str(output)), str(output))
+    images = torch.randn(max(_CHECKED_BATCH_SIZES), 3, side, side, generator=torch.Generator().manual_seed(0))
+    expected, found = detector.anomaly_map(images), loaded.anomaly_map(images)
+    if not torch.equal(found, expected):
+        difference = (found - expected).abs().max()
+        raise NumericError(
+            f"the packed model is not the trained model: maps of noise differ by {difference:.1e}, allowed is 0; "
+            f"{str(output)!r} was not written"
+        )
+    atomic_write(output, lambda file: file.write(content))
+    size = _size_of(detector)
+    rows = [("file", "bytes", "float32 bytes", "ratio")]
+    for name, bytes_ in (("numbers, packed", size.packed_bytes), ("whole file, compressed", len(content))):
+        rows.append((name, f"{bytes_:,}", f"{size.float32_bytes:,}", f"{size.float32_bytes / bytes_:.2f}x"))
+    return format_rows(rows)
+
+
+def _size_of(detector: EfficientAD) -> DetectorSize:
+    return detector_size(*map(layer_sizes, networks_of(detector).values()))
 
 
 def operators_run(content: bytes) -> Counter[str]:
