@@ -148,7 +148,6 @@ def export_packed(
     logger.info("%s", _sizes(detector, packed, options, file))
 
 
-@torch.no_grad()
 def _export_quantized(detector: EfficientAD, content: dict, output: Path, threshold: ThresholdOptions) -> None:
     decision, scale = _decision(detector, content, threshold)
     metadata = describe_efficientad(detector, {**content, "calibration": scale}, decision, transform_of(content))
