@@ -1,6 +1,7 @@
 """RAAD as a graph of integers, run by ONNX Runtime, against the trained model and against sums of integers in float64."""
 
 import copy
+import itertools
 import json
 
 import numpy as np
@@ -17,7 +18,7 @@ from models.teacher import build_teacher
 from quantize.layers import QuantizationOptions, QuantizedConvolution, calibrate, quantize_network, quantized_layers
 from quantize.onnx_graph import IntegerConvolution, byte_codes, use_integers
 from quantize.quantizers import UniformQuantizer
-from scripts import export
+from scripts import benchmark_raad, export
 from tests.miniature import make_mvtec
 from utils import raad_export
 from utils.detectors import load_detector
@@ -28,6 +29,7 @@ onnx = pytest.importorskip("onnx", reason="ONNX export needs requirements-onnx.t
 onnxruntime = pytest.importorskip("onnxruntime", reason="ONNX export needs requirements-onnx.txt")
 
 SIDE, SMALL_SIDE = 64, 12
+WAYS = ("torch, simulated", "ONNX Runtime, integers")
 RANDOM = ("--encoder_weights", "random")
 NEAREST = QuantizationOptions(round="nearest")  # its searched ranges leave some values outside
 QUICK = QuantizationOptions(range_init="minmax", round="nearest")
@@ -222,3 +224,29 @@ def test_the_command_writes_a_model_of_every_stage(runs, tmp_path, suffix, layer
     assert (description["host"], description["stage"], description["item"]) == ("RAAD", content["stage"], content["item"])
     assert description["decision"]["threshold"] > 0
     assert (description["bits"]["student"] == [32] * 4) == (layers == 0)
+
+
+def test_the_benchmark_measures_every_way_to_run_it(capsys):
+    assert benchmark_raad.main(["--encoder", "pdn_tiny", "--image_size", "64", "--bits", "3", "--repeats", "1"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    rows = {line[:42].strip(): line[42:].split() for line in lines[-6:]}
+    assert list(rows) == [
+        "torch float32",
+        "ONNX Runtime float32",
+        *(f"{way}, {autoencoder} autoencoder" for autoencoder in ("float", "8-bit") for way in WAYS),
+    ]
+    reference = float(rows["torch float32"][1])
+    for _, per_second, ratio, _ in rows.values():
+        assert float(ratio.removesuffix("x")) == pytest.approx(float(per_second) / reference, rel=0.02, abs=0.01)
+    sizes = {name: int(row[3].replace(",", "")) for name, row in rows.items()}
+    parameters = sum(value.numel() for network in float_networks() for value in network.parameters())
+    assert sizes["torch float32"] == sizes["ONNX Runtime float32"] == 4 * parameters
+    for way, autoencoder in itertools.product(WAYS, ("float", "8-bit")):
+        assert sizes[f"{way}, {autoencoder} autoencoder"] < sizes["torch float32"]
+    inner = 2 * (16 * 16 * 32 + 9 * 32 * 32)  # weights of the layers between the ends, at a byte or at 3 bits
+    assert sizes[f"{WAYS[1]}, float autoencoder"] - sizes[f"{WAYS[0]}, float autoencoder"] == inner * 5 // 8
+
+
+def float_networks() -> list[nn.Module]:
+    detector = EfficientAD(build_teacher("tiny", "random"), EfficientADOptions(), SIDE)
+    return [detector.teacher, detector.student, detector.autoencoder]

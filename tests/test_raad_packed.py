@@ -17,7 +17,7 @@ from models.teacher import build_teacher
 from quantize.accounting import detector_size, layer_sizes
 from quantize.layers import QuantizationOptions, calibrate, quantize_network, quantized_layers
 from quantize.packed_codes import pack_codes, unpack_codes
-from scripts import evaluate, export, predict
+from scripts import benchmark, evaluate, export, predict
 from tests.miniature import make_mvtec
 from tests.test_packed import plain_read, rewritten
 from utils import raad_export
@@ -315,6 +315,13 @@ def test_the_command_line_from_a_checkpoint_to_verdicts(runs, tmp_path, capsys, 
     with open(checkpoint.parent.parent / "results.csv") as stream:
         trained = next(csv.DictReader(stream))
     assert f"  {100 * float(trained['P-AUROC']):.2f}  " in capsys.readouterr().out
+
+
+def test_the_benchmark_of_binary_networks_refuses_it(file, tmp_path, capsys):
+    path = tmp_path / "model.binaryad"
+    path.write_bytes(file)
+    assert benchmark.main(["--model", str(path)]) == 2
+    assert "is a model of RAAD, whose parts have no such tables" in capsys.readouterr().err
 
 
 def test_a_float_model_has_no_such_file(runs, tmp_path, capsys):
