@@ -1,8 +1,8 @@
 """Parameters, bits, bytes and multiply-accumulates (MACs) of a detector, counted module by module.
 
-Binary weights count 1 bit, everything else 32. A MAC of a layer whose weights and activations are both binary is one bit
-operation and is also given at 1/64 of a float MAC, the convention of the binary-network literature; milliseconds follow
-another law and are measured, not counted. Latent float weights exist in training only and are not counted.
+Binary weights count 1 bit, quantized ones theirs, everything else 32. A MAC of a layer whose weights and activations are both
+binary is one bit operation and is also given at 1/64 of a float MAC, the convention of the binary-network literature;
+milliseconds follow another law and are measured, not counted. Latent float weights exist in training only and are not counted.
 """
 
 from dataclasses import dataclass
@@ -34,6 +34,7 @@ class Cost:
     added_parameters: int = 0  # scales, thresholds and gates, which the float model does not have
     float_macs: int = 0
     binary_macs: int = 0
+    saved_bits: int = 0  # by weights of 2 to 8 bits
 
     def __add__(self, other: "Cost") -> "Cost":
         return Cost(
@@ -42,11 +43,12 @@ class Cost:
             self.added_parameters + other.added_parameters,
             self.float_macs + other.float_macs,
             self.binary_macs + other.binary_macs,
+            self.saved_bits + other.saved_bits,
         )
 
     @property
     def bits(self) -> int:
-        return 32 * (self.parameters - self.binary_parameters) + self.binary_parameters
+        return 32 * (self.parameters - self.binary_parameters) + self.binary_parameters - self.saved_bits
 
     @property
     def bytes(self) -> int:
@@ -86,7 +88,7 @@ class _MapPass(torch.nn.Module):
 def _count_macs(detector: Detector, crop_size: int) -> dict[str, int]:
     """MACs of products, convolutions, attention and scans that each module does itself, by module name ("" is the detector).
 
-    Runs on shapes alone, without data. The encoder counts as one module.
+    Runs on shapes alone, without data.
     """
     map_pass = _MapPass(detector)
     tensors = [*map_pass.named_parameters(), *map_pass.named_buffers()]
@@ -98,7 +100,7 @@ def _count_macs(detector: Detector, crop_size: int) -> dict[str, int]:
     counted = {
         "" if name == root else name.removeprefix(f"{root}.detector."): sum(operations.values()) // 2  # a MAC is 2 operations
         for name, operations in counter.get_flop_counts().items()
-        if name.startswith(root) and not name.startswith(f"{root}.detector.{_ENCODER}.")
+        if name.startswith(root)
     }
     own = dict(counted)
     for name, macs in counted.items():
@@ -132,9 +134,12 @@ def cost_table(detector: Detector, crop_size: int) -> dict[str, Cost]:
     binary_weights = {f"{name}.weight" for name, module in detector.named_modules() if isinstance(module, BinaryLinear)}
     added = {id(parameter) for parameter in scale_parameters(detector)}
     table: dict[str, Cost] = {}
+    quantized = {name: module for name, module in detector.named_modules() if hasattr(module, "weight_quantizer")}
+    saved = {f"{name}.weight": 32 - module.bits for name, module in quantized.items()}
     for name, parameter in detector.named_parameters():
         count = parameter.numel()
-        cost = Cost(count, count if name in binary_weights else 0, count if id(parameter) in added else 0)
+        binary, own = count if name in binary_weights else 0, count if id(parameter) in added else 0
+        cost = Cost(count, binary, own, saved_bits=count * saved.get(name, 0))
         table[_part_name(name)] = table.get(_part_name(name), Cost()) + cost
 
     binary_modules = {
@@ -146,7 +151,11 @@ def cost_table(detector: Detector, crop_size: int) -> dict[str, Cost]:
         if macs:
             table[_part_name(name)] += Cost(binary_macs=macs) if name in binary_modules else Cost(float_macs=macs)
 
+    if not detector.runs_encoder:
+        table.pop(_ENCODER)
     trained = sum((cost for part, cost in table.items() if part != _ENCODER), Cost())
+    if not detector.runs_encoder:
+        return {**table, "decoder side": trained, "whole model": trained, "with unused blocks": trained}
     unused = Cost(parameters=detector.encoder.published_parameters - table[_ENCODER].parameters)
     whole = trained + table[_ENCODER]
     return {**table, "decoder side": trained, "whole model": whole, "with unused blocks": whole + unused}

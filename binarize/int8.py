@@ -40,7 +40,7 @@ class Int8Linear(nn.Module):
         self.register_buffer("bias", bias)
         self._product = None
 
-    def prepare(self) -> None:
+    def prepare_weights(self) -> None:
         """Choose the product's implementation for this machine and lay the weights out for it."""
         bits = _exact_weight_bits() if self.weight.device.type == "cpu" else None
         if bits is None:
@@ -114,7 +114,7 @@ class Int8Convolution(nn.Module):
         self.register_buffer("bias", torch.zeros_like(scale) if layer.bias is None else layer.bias.detach().float().clone())
         self._weight = None
 
-    def prepare(self) -> None:
+    def prepare_weights(self) -> None:
         """Unpack the weights."""
         self._weight = (self.weight.float() * self.weight_scale.unsqueeze(1)).reshape(self.shape)
 

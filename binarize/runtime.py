@@ -35,7 +35,7 @@ class PackedLinear(nn.Module):
         self.register_buffer("bias", layer.bias.detach().clone())
         self._panels = None
 
-    def prepare(self) -> None:
+    def prepare_weights(self) -> None:
         """Lay the weights out as the kernels read them."""
         self._panels = oracle.panels_of(words_of_bytes(self.bits, self.in_features))
 
@@ -67,7 +67,7 @@ class FoldedLinear(nn.Module):
         self.register_buffer("span", span)
         self._panels = None
 
-    prepare = PackedLinear.prepare
+    prepare_weights = PackedLinear.prepare_weights
 
     @property
     def operands(self) -> list[Tensor]:
@@ -107,7 +107,7 @@ class WeightOnlyLinear(nn.Module):
         self.register_buffer("bias", layer.bias.detach().clone())
         self._weight = None
 
-    def prepare(self) -> None:
+    def prepare_weights(self) -> None:
         """Unpack the weights."""
         signs = oracle.unpack_signs(words_of_bytes(self.bits, self.in_features), self.in_features)
         self._weight = self.alpha.unsqueeze(1) * signs
@@ -119,5 +119,5 @@ class WeightOnlyLinear(nn.Module):
 def prepare_modules(detector: nn.Module) -> None:
     """Let every module derive what it computes with from what is stored; needed again after a move to another device."""
     for module in detector.modules():
-        if hasattr(module, "prepare"):
-            module.prepare()
+        if hasattr(module, "prepare_weights"):
+            module.prepare_weights()

@@ -27,7 +27,7 @@ class Layout:
         default_root: where the data set is when `--data_path` is not given.
         split_kinds: kinds of defects with image metrics of their own.
         defect_regions: (record, max_pixels) -> regions with saturation, for data sets that have it.
-        validation: images for neither training nor test, listed only to be checked.
+        validation: images of neither training nor test; held out where a training holds images out.
         published_validation: item -> number of these.
         stray_masks: files and folders of masks that belong to no test image and do not stop a listing.
     """

@@ -5,8 +5,8 @@ from typing import Literal
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
+from common.normalisation import IMAGENET_MEAN, IMAGENET_STD
+
 Interpolation = Literal["bilinear", "bicubic"]
 
 

@@ -11,6 +11,7 @@ from common.errors import UserError
 from models.dinomaly import Dinomaly, DinomalyOptions
 from models.encoder import FrozenEncoder, find_weights, load_encoder_weights, state_sha256, to_timm_names
 from models.inp_former import INPFormer
+from models.patch_description import TEACHER_CHANNELS
 from models.varad import VarAD, VarADOptions
 
 Taps = Literal["middle", "thirds"]  # eight blocks as they are; the ends of three equal parts, each with the final norm
@@ -46,6 +47,8 @@ def _family(prefix: str, pattern: str, patch_size: int, sizes: tuple[str, ...]) 
     return {f"{prefix}_vit_{size}_{patch_size}": EncoderNumbers(pattern.format(size), *numbers[size]) for size in sizes}
 
 
+PDN_ENCODERS = {f"pdn_{size}": size for size in TEACHER_CHANNELS}
+_PDN_SIDES = 32  # the autoencoder halves images five times
 RANDOM_TINY_ENCODER = "random_vit_tiny_14"
 ENCODERS: dict[str, EncoderNumbers] = {
     **_family("dinov2reg", "vit_{}_patch14_reg4_dinov2.lvd142m", 14, ("small", "base", "large")),
@@ -59,9 +62,14 @@ ENCODERS: dict[str, EncoderNumbers] = {
 }
 
 
+def patch_size_of(encoder_name: str) -> int:
+    """What image sides must be a multiple of."""
+    return _PDN_SIDES if encoder_name in PDN_ENCODERS else ENCODERS[encoder_name].patch_size
+
+
 def check_sizes(encoder_name: str, input_size: int, crop_size: int) -> None:
     """Raise UserError unless the crop fits into the resized image and is a multiple of the patch."""
-    patch = ENCODERS[encoder_name].patch_size
+    patch = patch_size_of(encoder_name)
     if crop_size % patch:
         below, above = crop_size // patch * patch, (crop_size // patch + 1) * patch
         nearest = f"{below} or {above}" if below else f"{above}"

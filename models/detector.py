@@ -1,7 +1,7 @@
 """What every detector offers: images in, anomaly map out. Training, evaluation and reports are written against this."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,9 @@ class Detector(nn.Module, ABC):
     """
 
     encoder: nn.Module
-    trains_encoder = False  # with true, `encode` changes during the training and nothing of it can be cached
+    trains_encoder = False  # with true, `encode` changes during the training
+    runs_encoder = True  # with false, something else has taken its place
+    caches_features = True  # with false, what the frozen part makes of images is not kept
 
     @abstractmethod
     def encode(self, images: Tensor) -> Tensor:
@@ -32,6 +34,9 @@ class Detector(nn.Module, ABC):
     def feature_identity(self) -> dict[str, object]:
         """What determines `encode` besides images, encoder and precision; cached features of another identity are not used."""
         return {}
+
+    def prepare(self, batches: Callable[[], Iterable[Tensor]]) -> None:
+        """Learn from the training images before the training; `batches` gives a pass over them at every call."""
 
     def begin_iteration(self, iteration: int, total_iterations: int) -> None:
         """Told before each training step, counted from 0, for what follows a schedule; does nothing by default."""

@@ -151,6 +151,10 @@ class VarAD(Detector):
     def trains_encoder(self) -> bool:
         return "lora" in self.options.adapter
 
+    @property
+    def caches_features(self) -> bool:
+        return not self.trains_encoder
+
     def _adapter(self, dim: int, grid: int) -> nn.Module:
         kind = self.options.adapter.removeprefix("lora+")
         if kind == "linear":

@@ -39,7 +39,7 @@ from utils.hosts import DINOMALY, HOSTS, INP_FORMER, Host, network_defaults
 from utils.packed_model import PackingOptions, load_packed, packed_bytes
 from utils.timing import describe_machine, interleaved_medians
 
-HOST_NAMES = {host.name.lower().replace("-", "_"): host.name for host in (INP_FORMER, DINOMALY)}  # VarAD: benchmark_varad
+HOST_NAMES = {host.name.lower().replace("-", "_"): host.name for host in (INP_FORMER, DINOMALY)}
 SHAPES = [(784, 384, 384), (784, 384, 1536), (784, 1536, 384), (784, 768, 768), (784, 768, 3072), (784, 3072, 768)]
 _PHOTO_SIDE = 900
 _FLOAT = "torch float32"
@@ -79,6 +79,11 @@ def benchmark(arguments: argparse.Namespace) -> int:
     torch.set_num_threads(arguments.threads)
     if arguments.model:
         packed, description = load_packed(arguments.model, encoder_weights=arguments.encoder_weights)
+        if description["host"] not in HOST_NAMES.values():
+            raise UserError(
+                f"--model {str(arguments.model)!r} is a model of {description['host']}, whose parts have no such tables; "
+                "scripts.predict times it, and benchmark_varad and benchmark_raad time networks of its kind"
+            )
         name, crop = description["encoder"]["name"], description["config"]["crop_size"]
         host, published = HOSTS[description["host"]], description["encoder"]["published_parameters"]
         network = description["config"]
@@ -213,7 +218,7 @@ def _layer_calls(rows: int, inputs: int, outputs: int) -> list[Callable]:
     half = [tensor.bfloat16() for tensor in (x, weight, bias)]
     layer = nn.Linear(inputs, outputs)
     int8 = Int8Linear(layer)
-    int8.prepare()
+    int8.prepare_weights()
     threshold, ones = torch.zeros(inputs), torch.ones(inputs)
     panels = oracle.panels_of(oracle.pack_signs(weight >= 0))
     bits = operations.pack(x, threshold)

@@ -1,4 +1,4 @@
-"""Make one file of a trained model: packed bits for this project's engine, or ONNX for other runtimes.
+"""Make one file of a trained model: packed bits for this project's engine, or ONNX for other runtimes (RAAD's: integers).
 
 python -m scripts.export --checkpoint RUN/bottle/model.pth --output bottle.binaryad
 python -m scripts.export --checkpoint RUN/bottle/model.pth --output bottle.binaryad --calibration_images my_parts/good
@@ -18,6 +18,9 @@ from utils.export import DEFAULT_QUANTILE, ThresholdOptions, export_graph, expor
 from utils.packed_model import ENCODER_PRECISIONS, TRAINED_PRECISIONS, PackingOptions
 from utils.prediction import find_images
 
+# to fields of PackingOptions
+_PACKED_FLAGS = {"encoder_precision": "encoder", "trained_precision": "trained", "encoder_reference": "encoder_reference"}
+
 
 def build_parser() -> argparse.ArgumentParser:
     """The flags of this tool."""
@@ -25,7 +28,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--checkpoint", type=Path, required=True, help="model.pth of a training")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE.binaryad|FILE.onnx")
     parser.add_argument("--encoder_weights", metavar="FILE", help="the training's encoder weights, if it was given some")
-    packed = parser.add_argument_group("packed file")
+    packed = parser.add_argument_group("packed file", "precisions are for binary models: RAAD is quantized to bits of its own")
     packed.add_argument("--encoder_precision", choices=ENCODER_PRECISIONS, help="default int8")
     packed.add_argument(
         "--trained_precision", choices=TRAINED_PRECISIONS, help="of bottleneck, extractor and a float MLP (default int8)"
@@ -68,20 +71,17 @@ def export(arguments: argparse.Namespace) -> int:
         _refuse_packed_flags(arguments)
         export_graph(arguments.checkpoint, output, threshold, arguments.encoder_weights)
     else:
-        options = PackingOptions(
-            arguments.encoder_precision or PackingOptions.encoder,
-            arguments.trained_precision or PackingOptions.trained,
-            arguments.encoder_reference,
-        )
+        given = {field: value for flag, field in _PACKED_FLAGS.items() if (value := getattr(arguments, flag))}
+        options = PackingOptions(**given) if given else None
         export_packed(arguments.checkpoint, output, options, threshold, arguments.encoder_weights)
     print(f"written: {arguments.output} ({arguments.output.stat().st_size:,} bytes)")
     return 0
 
 
 def _refuse_packed_flags(arguments: argparse.Namespace) -> None:
-    for name in ("encoder_precision", "trained_precision", "encoder_reference"):
+    for name in _PACKED_FLAGS:
         if getattr(arguments, name):
-            raise UserError(f"--{name} is for .binaryad files; an ONNX graph is float32 throughout")
+            raise UserError(f"--{name} is for .binaryad files; an ONNX graph is as precise as the trained model")
 
 
 def _check_numbers(arguments: argparse.Namespace) -> None:

@@ -31,6 +31,7 @@ from utils.checkpoint import atomic_write, explain_write_error, write_text
 from utils.command import run_command
 from utils.converters import number
 from utils.devices import choose_device
+from utils.hosts import HOSTS
 from utils.pictures import heat_overlay, sixteen_bit_map, sixteen_bit_range, with_verdict, write_picture
 from utils.prediction import Prediction, Predictor, find_images, rgb_photo
 from utils.result_files import PredictionTable
@@ -156,7 +157,8 @@ def predict(arguments: argparse.Namespace) -> int:
     source = f"of the model file: {predictor.metadata['decision']['source']}"
     if arguments.threshold is not None:
         predictor.threshold, source = arguments.threshold, "of --threshold"
-    logger.info("binary layers run on: %s", describe_path())
+    if HOSTS[predictor.metadata["host"]].binarizes:
+        logger.info("binary layers run on: %s", describe_path())
     results = ResultFolder(arguments.output, predictor, arguments.pictures, arguments.maps)
     judging = Judging(predictor, results, arguments.max_pixels)
     try:

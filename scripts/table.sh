@@ -29,12 +29,12 @@ start_table() { # NAME DESCRIPTION FURTHER_ENVIRONMENT [flags of the command lin
     while [ $# -gt 0 ]; do
         case $1 in
             --mvtec | --visa | --realiad)
-                [ $# -ge 2 ] || { echo "error: $1 needs a folder" >&2; exit 2; }
+                [ $# -ge 2 ] || refuse "$1 needs a folder"
                 case $1 in --mvtec) MVTEC_PATH=$2 ;; --visa) VISA_PATH=$2 ;; --realiad) REALIAD_PATH=$2 ;; esac
                 shift 2
                 ;;
             --help | -h) usage "$description" "$further"; exit 0 ;;
-            *) echo "error: unknown flag $1; see bash scripts/$table.sh --help" >&2; exit 2 ;;
+            *) refuse "unknown flag $1" ;;
         esac
     done
     config=configs/$table.yaml python=${PYTHON:-python} extra=${EXTRA:-} batch= runs=() failed=()
@@ -42,8 +42,7 @@ start_table() { # NAME DESCRIPTION FURTHER_ENVIRONMENT [flags of the command lin
     declare -gA data_paths=([MVTec-AD]=${MVTEC_PATH:-} [VisA]=${VISA_PATH:-} [Real-IAD]=${REALIAD_PATH:-})
     datasets=(MVTec-AD VisA Real-IAD)
     if [ -z "${data_paths[MVTec-AD]}${data_paths[VisA]}${data_paths[Real-IAD]}" ]; then
-        echo "error: no data set; give --mvtec, --visa or --realiad, see bash scripts/$table.sh --help" >&2
-        exit 2
+        refuse "no data set; give --mvtec, --visa or --realiad"
     fi
     share_batch
     local dataset
@@ -52,13 +51,30 @@ start_table() { # NAME DESCRIPTION FURTHER_ENVIRONMENT [flags of the command lin
     done
 }
 
+refuse() { # WHAT: a command that cannot work
+    echo "error: $1; see bash scripts/${0##*/} --help" >&2
+    exit 2
+}
+
+find_data_sets() { # sets data_paths: what is given, or the first of a data set's folders that is below the root, or nothing
+    local dataset name found=
+    for dataset in "${datasets[@]}"; do
+        data_paths[$dataset]=${given[$dataset]}
+        for name in ${folders[$dataset]}; do
+            [ -n "${data_paths[$dataset]}" ] || [ ! -d "$root/$name" ] || data_paths[$dataset]=$root/$name
+        done
+        found+=${data_paths[$dataset]}
+        [ -n "${data_paths[$dataset]}" ] || echo "$dataset is left out: none of ${folders[$dataset]} is in $root"
+    done
+    [ -n "$found" ] || refuse "no data set of ${datasets[*]} lies in '$root'"
+}
+
 share_batch() { # sets `batch`, the images of a step in each of NPROC processes; --batch_size is that of each process
     local whole processes=${NPROC:-1}
     whole=$(value_of batch_size)
     [ "$processes" != 1 ] || return 0
     if ! [[ $processes =~ ^[1-9][0-9]*$ && $whole =~ ^[1-9][0-9]*$ ]] || ((whole % processes)); then
-        echo "error: NPROC=$processes processes cannot share --batch_size $whole evenly; give an NPROC that divides it" >&2
-        exit 2
+        refuse "NPROC=$processes processes cannot share --batch_size $whole evenly; give an NPROC that divides it"
     fi
     batch=$((whole / processes))
 }

@@ -28,19 +28,6 @@ A table that was stopped goes on when the same command is given again. The repor
 END
 }
 
-refuse() { # WHAT: a command that cannot work
-    echo "error: $1; see bash scripts/table_varad.sh --help" >&2
-    exit 2
-}
-
-folder_of() { # DATASET PATH: PATH, or the first of its folders that is below DATA_ROOT, or nothing
-    local name
-    [ -z "$2" ] || { echo "$2"; return; }
-    for name in ${folders[$1]}; do
-        [ ! -d "$root/$name" ] || { echo "$root/$name"; return; }
-    done
-}
-
 train_model() { # DATASET MODEL SEED
     local dataset=$1 model=$2 seed=$3 name=VarAD-Single-Class encoder=${ENCODER:-${encoders[$2]}} size flags
     [ "$seed" = 1 ] || name=$name-seed$seed
@@ -91,13 +78,7 @@ image_size=$(value_of image_size "${IMAGE_SIZE:-}")
 [[ $image_size =~ ^[1-9][0-9]*$ ]] || refuse "IMAGE_SIZE '$image_size' is no number of pixels"
 declare -A given=([MVTec-AD]=${MVTEC_PATH:-} [VisA]=${VISA_PATH:-} [BTAD]=${BTAD_PATH:-} [DTD-Synthetic]=${DTD_PATH:-})
 declare -A data_paths=()
-found=
-for dataset in "${datasets[@]}"; do
-    data_paths[$dataset]=$(folder_of "$dataset" "${given[$dataset]}")
-    found+=${data_paths[$dataset]}
-    [ -n "${data_paths[$dataset]}" ] || echo "$dataset is left out: none of ${folders[$dataset]} is in $root"
-done
-[ -n "$found" ] || refuse "no data set of ${datasets[*]} lies in '$root'"
+find_data_sets
 share_batch
 for seed in ${SEEDS:-1}; do
     for model in "${models[@]}"; do

@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import utils.array_file
+from common.errors import ResourceError
 from utils.array_file import ArrayFile, _own_part, open_array
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -108,6 +110,25 @@ def test_file_of_another_count_or_type_is_not_opened(tmp_path):
 def test_too_few_rows_are_no_complete_file(tmp_path):
     with pytest.raises(RuntimeError, match="were not filled"):
         array_file(tmp_path).make(lambda part: (ROWS[start : start + 4] for start in (0, 4)), 4)
+    assert not list(tmp_path.iterdir())
+
+
+def test_process_that_begins_after_another_has_failed_leaves_the_verdict_to_it(tmp_path, monkeypatch):
+    file = array_file(tmp_path)
+    start = ArrayFile._start
+
+    def start_and_fail(self):  # what a failing process does to the file of all
+        temporary = start(self)
+        temporary.unlink()
+        return temporary
+
+    monkeypatch.setattr(ArrayFile, "_start", start_and_fail)
+    monkeypatch.setattr(utils.array_file, "mean_over_processes", lambda flag: flag / 2)  # of this and the failed one
+    with pytest.raises(utils.array_file.PeerLost):
+        file.make(blocks_of_four, 4)
+    monkeypatch.setattr(utils.array_file, "mean_over_processes", lambda flag: flag)
+    with pytest.raises(ResourceError, match="cannot write"):  # nobody failed: the file was taken away
+        file.make(blocks_of_four, 4)
     assert not list(tmp_path.iterdir())
 
 

@@ -42,6 +42,7 @@ def metadata(input_size: int = 64, crop_size: int = 56, **protocol) -> dict:
         "protocol": {**vars(EvaluationOptions(**protocol)), "allow_missing_masks": False},
         "calibration": CALIBRATION,
         "decision": {"threshold": 0.5, "quantile": 0.99, "images": 20, "source": "quantile 0.99 of 20 scores"},
+        "host": "INP-Former",
         "item": "bottle",
         "stage": 0,
         "encoder": "random_vit_tiny_14",

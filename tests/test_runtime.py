@@ -1,7 +1,7 @@
 """Packed networks against the trained ones, against slow formulas in float64, and against their own files."""
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import numpy as np
@@ -12,7 +12,6 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 import utils.agreement
-import utils.packed_model
 from binarize.attention import SoftmaxAwareBinarization
 from binarize.kernels import engine, operations
 from binarize.kernels.library import PATHS, available_paths, load_library
@@ -36,6 +35,7 @@ from models.layers import PrototypeDecoderBlock
 from tests.test_binarize import numbers, plain_sab, signs
 from tests.test_packed import plain_read, rewritten, trained_like
 from utils.agreement import compare_on_bits, packed_copy
+from utils.hosts import HOSTS
 from utils.packed_model import ENCODER_PRECISIONS, TRAINED_PRECISIONS, PackingOptions, describe, load_packed, packed_bytes
 
 FLOAT = PackingOptions("fp32", "fp32")
@@ -222,7 +222,7 @@ def test_packed_linear(path, rows, columns, tokens):
     layer, inputs = one_layer(rows, columns), torch.randn(tokens, columns)
     residual = torch.randn(tokens, rows)
     packed = PackedLinear(layer)
-    packed.prepare()
+    packed.prepare_weights()
     bits = operations.pack(inputs, packed.threshold)
     weight = numbers(layer.weight)
     products = signs(numbers(inputs) - numbers(layer.threshold)) @ signs(weight - weight.mean(axis=1, keepdims=True)).T
@@ -239,7 +239,7 @@ def test_packed_linear(path, rows, columns, tokens):
 def test_weight_only_linear(rows, columns):
     layer, inputs = one_layer(rows, columns, activation_bits=32), torch.randn(2, 3, columns)
     packed = WeightOnlyLinear(layer)
-    packed.prepare()
+    packed.prepare_weights()
     weight = numbers(layer.weight)
     scaled = signs(weight - weight.mean(axis=1, keepdims=True)) * numbers(layer.alpha)[:, None]
     expected = F.linear(inputs.double(), torch.from_numpy(scaled), layer.bias.detach().double())
@@ -323,7 +323,7 @@ def test_a_threshold_that_is_met_exactly_is_plus_one():
 def test_folded_linear_gives_the_bits_of_the_next_layer(path, hidden, columns):
     layer, following, inputs = one_layer(hidden, columns), one_layer(3, hidden), torch.randn(19, columns)
     folded = FoldedLinear(layer, following)
-    folded.prepare()
+    folded.prepare_weights()
     found = folded(operations.pack(inputs, folded.threshold))
     expected = numbers(F.gelu(layer(inputs)) - following.threshold) >= 0
     plain = np.unpackbits(found.numpy().view(np.uint8), axis=1, bitorder="little")
@@ -540,12 +540,11 @@ def test_file_that_only_names_its_encoder_finds_the_weights_or_says_what_is_wron
     content, packed = file_of(2, 1, "mixed", PackingOptions("fp32", "fp32", encoder_reference=True))
     asked = []
 
-    def look_up(name, crop_size, weights_file, position_embedding, taps):
-        assert taps == "middle"
+    def look_up(name, crop_size, weights_file, position_embedding):
         asked.append((name, crop_size, weights_file, position_embedding))
         return build_encoder(name, crop_size)
 
-    monkeypatch.setattr(utils.packed_model, "build_encoder", look_up)
+    monkeypatch.setitem(HOSTS, "INP-Former", replace(HOSTS["INP-Former"], build_encoder=look_up))
     detector, _ = load(content, "weights.pth")
     assert asked == [(RANDOM_TINY_ENCODER, 56, "weights.pth", "paper")]
     images = case_of(2, 1, "mixed", 32, 56).images

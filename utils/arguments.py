@@ -1,6 +1,7 @@
 """The command line: one parser for all entry scripts, with defaults from a YAML file."""
 
 import argparse
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn, get_args
@@ -10,12 +11,12 @@ from datasets.catalog import LAYOUTS, ListingOptions
 from datasets.few_shot import DEFAULT_SHOT
 from datasets.images import DEFAULT_MAX_PIXELS
 from datasets.transforms import Interpolation
-from models.build import ENCODERS
 from utils.config_file import config_tokens
 from utils.converters import dataset_names, number
 from utils.hosts import Host
 from utils.loading import default_worker_count
-from utils.optim import DEFAULT_WARMUP, OPTIMIZERS
+from utils.metrics import BEST_F1, NO_TRUE_FALSE, NORMAL_QUANTILE
+from utils.optim import DEFAULT_WARMUP, OPTIMIZERS, SCHEDULES
 from utils.protocol import DEFAULT_METRIC_SIZE, Scoring, SmoothingBorder
 
 
@@ -42,9 +43,10 @@ def base_parser(doc: str, host: Host, settings: Sequence[str]) -> argparse.Argum
     parser.add_argument("--phase", choices=["train", "test"], default="train", help="test: evaluate model.pth, train nothing")
 
     _add_data_flags(parser.add_argument_group("data"), settings)
-    _add_model_flags(parser.add_argument_group("model"))
+    _add_model_flags(parser.add_argument_group("model"), host.encoders)
     host.add_flags(parser.add_argument_group(host.name))
-    _add_binarization_flags(parser.add_argument_group("binarization"))
+    binarization = parser.add_argument_group("binarization")
+    _add_binarization_flags(binarization)
     _add_training_flags(parser.add_argument_group("training"))
     _add_evaluation_flags(parser.add_argument_group("evaluation"))
     _add_output_flags(parser.add_argument_group("output"), host)
@@ -52,6 +54,9 @@ def base_parser(doc: str, host: Host, settings: Sequence[str]) -> argparse.Argum
     parser.set_defaults(**host.defaults)
     for action in parser._actions:
         action.help = host.help.get(action.dest, action.help)
+    if not host.binarizes:  # a config.yaml names them all the same
+        for action in binarization._group_actions:
+            action.help = argparse.SUPPRESS
     return parser
 
 
@@ -82,7 +87,7 @@ def _add_data_flags(group, settings: Sequence[str]) -> None:
         default=0.0,
         metavar="SHARE",
         help="share of every category's training images, at least two, that is not trained on: thresholds and scales of maps "
-        "come from them instead of from the trained ones (not for few images)",
+        "come from them instead of from the trained ones (not for few images; of MVTec-LOCO its validation images)",
     )
     group.add_argument(
         "--skip_bad_images",
@@ -92,11 +97,9 @@ def _add_data_flags(group, settings: Sequence[str]) -> None:
     )
 
 
-def _add_model_flags(group) -> None:
+def _add_model_flags(group, encoders: Sequence[str]) -> None:
     """Which network."""
-    group.add_argument(
-        "--encoder", choices=list(ENCODERS), default="dinov2reg_vit_base_14", metavar="NAME", help=" ".join(ENCODERS)
-    )
+    group.add_argument("--encoder", choices=encoders, default="dinov2reg_vit_base_14", metavar="NAME", help=" ".join(encoders))
     group.add_argument("--encoder_weights", metavar="FILE", help=".safetensors or .pth instead of a download")
     group.add_argument("--pos_embed", choices=["paper", "timm"], default="paper", help="resampling of the position grid")
 
@@ -147,10 +150,13 @@ def _add_binarization_flags(group) -> None:
 def _add_training_flags(group) -> None:
     """How it is trained, and where."""
     group.add_argument("--total_epochs", type=number(int, 1), default=200, help="passes over the training images")
-    group.add_argument("--total_iters", type=number(int, 1), help="iterations instead of epochs")
+    group.add_argument("--total_iters", type=number(int, 0), help="iterations instead of epochs")
     group.add_argument("--batch_size", type=number(int, 1), default=16)
     group.add_argument("--learning_rate", type=number(float, 0), default=1e-3, help="after the warm-up")
-    group.add_argument("--final_learning_rate", type=number(float, 0), default=1e-4, help="at the end of the cosine")
+    group.add_argument("--final_learning_rate", type=number(float, 0), default=1e-4, help="at the end of the schedule")
+    group.add_argument(
+        "--schedule", choices=SCHEDULES, default="cosine", help="step: the final rate in the last 5 %% of the iterations"
+    )
     group.add_argument("--warmup_iters", type=number(int, 0), help=f"default {DEFAULT_WARMUP}, at most a fifth of the run")
     group.add_argument("--weight_decay", type=number(float, 0), default=1e-4)
     group.add_argument("--optimizer", choices=OPTIMIZERS, default="stable_adamw")
@@ -165,6 +171,21 @@ def _add_training_flags(group) -> None:
         "--cache_features", choices=["auto", "off", "ram", "disk"], default="auto", help="encode every image only once"
     )
     group.add_argument("--cache_images", choices=["off", "disk"], default="off", help="decode and resize every image only once")
+
+
+def _true_false_rule(text: str) -> str:
+    """A converter for argparse: `off`, `f1max`, `val_quantile` or `fixed:VALUE`, the number as Python writes it."""
+    kind, _, value = text.partition(":")
+    if text in (NO_TRUE_FALSE, BEST_F1, NORMAL_QUANTILE):
+        return text
+    try:
+        if kind == "fixed" and math.isfinite(float(value)):
+            return f"fixed:{float(value)}"
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(
+        f"{text!r} is not {NO_TRUE_FALSE}, {BEST_F1}, {NORMAL_QUANTILE} or fixed:VALUE with a number"
+    )
 
 
 def _add_evaluation_flags(group) -> None:
@@ -194,6 +215,14 @@ def _add_evaluation_flags(group) -> None:
     )
     group.add_argument(
         "--pro_mode", choices=["exact", "dinomaly"], default="exact", help="dinomaly: 200 thresholds, for old tables"
+    )
+    group.add_argument(
+        "--true_false",
+        type=_true_false_rule,
+        default=NO_TRUE_FALSE,
+        metavar="off|f1max|val_quantile|fixed:VALUE",
+        help="P-TRUE and P-FALSE, recall and 1 - precision of all pixels of a category: at the best P-F1, at the 0.995 "
+        "quantile of normal images, or at a map's value",
     )
     group.add_argument(
         "--scoring",

@@ -120,8 +120,11 @@ class ArrayFile:
     def _write_part(self, temporary: Path, part: range, blocks: Blocks) -> None:
         """Written, not assigned to a mapped array: a full disk is then an error instead of the end of the process."""
         with self._writing():
-            first_row = np.load(temporary, mmap_mode="r").offset
-            file = temporary.open("r+b")
+            try:
+                first_row = np.load(temporary, mmap_mode="r").offset
+                file = temporary.open("r+b")
+            except FileNotFoundError:
+                return  # another process failed before this one began; were it not so, there would be nothing to publish
         with file, closing(blocks(part)) as produced:
             file.seek(first_row + part.start * self.row_bytes)
             for block in produced:

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from common.errors import UserError
@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 class CategoryData:
     """Records of one category; bad ones are already left out, images shared by training and test are only listed.
 
-    `held_out`: how many of `train` are not trained on.
+    `held_out`: how many of `train` are not trained on; `validation`: the data set's own held-out images, in their place.
     """
 
     item: str
@@ -29,6 +29,7 @@ class CategoryData:
     bad: list[tuple[Record, str]]
     shared: list[tuple[Path, Path]]
     held_out: int = 0
+    validation: list[Record] = field(default_factory=list)
 
     def chosen_files(self) -> list[str]:
         """Training images, relative to the root of the data set."""
@@ -66,21 +67,24 @@ class ModelData:
 
 def list_data(settings: Settings) -> list[CategoryData]:
     """Records of all wanted categories, checked as far as that is cheap, so that errors come before any training."""
-    options = settings.data
+    options, training = settings.data, settings.phase == "train"
     sources = data_sources(options.dataset, options.paths)
     categories = []
     for source, name in choose_items(sources, options.items):
         layout, item = source.layout, label_of(sources, source, name)
-        train = layout.train(source.root, name, options.listing) if settings.phase == "train" else []
+        train = layout.train(source.root, name, options.listing) if training else []
+        kept_apart = training and options.holdout and layout.validation
+        validation = layout.validation(source.root, name, options.listing) if kept_apart else []
         test = layout.test(source.root, name, options.listing)
-        bad = undecodable([*train, *test], options.max_pixels) if options.skip_bad_images else []
+        bad = undecodable([*train, *validation, *test], options.max_pixels) if options.skip_bad_images else []
         skipped = {record for record, _ in bad}
-        train, test = ([record for record in part if record not in skipped] for part in (train, test))
-        if options.shot is not None and settings.phase == "train":
+        train, validation, test = ([record for record in part if record not in skipped] for part in (train, validation, test))
+        if options.shot is not None and training:
             train = choose_shots(train, options.shot, settings.training.seed, name)
         check_mask_sizes(test, options.max_pixels)
-        held_out = _held_out_count(len(train), options.holdout, name) if train else 0
-        categories.append(CategoryData(item, source, train, test, bad, shared_images(train, test), held_out))
+        held_out = _held_out_count(len(train), options.holdout, name) if train and not validation else 0
+        shared = shared_images(train, test)
+        categories.append(CategoryData(item, source, train, test, bad, shared, held_out, validation))
     return categories
 
 
@@ -89,8 +93,8 @@ def _held_out_count(images: int, share: float, item: str) -> int:
     if share and count < 2:
         more = f"give --holdout {math.ceil(200 / images) / 100:g} or more" if images > 3 else "leave it out"
         raise UserError(
-            f"--holdout {share:g} keeps {count} of the {images} training images of {item}, 2 are the least; {more} "
-            "(--standardise alone means 0.1), or name other categories with --item"
+            f"--holdout {share:g} keeps {count} of the {images} training images of {item}, 2 are the least; {more}, "
+            "or name other categories with --item"
         )
     return count
 
@@ -121,6 +125,8 @@ def log_data(category: CategoryData) -> None:
     )
     if category.held_out:
         logger.info("%s: %d more training images held out (--holdout)", category.item, category.held_out)
+    if category.validation:
+        logger.info("%s: %d validation images of the data set held out (--holdout)", category.item, len(category.validation))
     for trained, tested in category.shared:
         logger.warning("%s: the same image is in train and test: %r and %r", category.item, str(trained), str(tested))
     if not category.test:

@@ -129,9 +129,9 @@ class Section:
         return [item for item in found if any(item in part.rows for part in self.parts)]
 
     def published_rows(self, published: Published) -> list[PublishedRow]:
-        """What others measured in this setting on maps of a size that some of our runs were measured on."""
-        sizes = {group.metric_size for group in self.groups}
-        return [row for row in published.of(self.setting, self.dataset) if row.metric_size in sizes]
+        """What others measured in this setting on maps of a size that some of our runs, of the row's host, were measured on."""
+        ours = {(host, group.metric_size) for group in self.groups for host in ("", group.host)}
+        return [row for row in published.of(self.setting, self.dataset) if (row.host, row.metric_size) in ours]
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ def _published_line(row: PublishedRow) -> dict[str, str]:
         "crop_size": row.crop_size,
         "metric_size": str(row.metric_size),
         "realiad_json": ListingOptions().realiad_json if row.dataset == "Real-IAD" else "",
-        "source": row.source,
+        "source": f"{row.source}; {row.note}" if row.note else row.source,
     }
 
 

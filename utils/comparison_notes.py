@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 
 from datasets.catalog import ListingOptions
-from models.build import ENCODERS
+from models.build import patch_size_of
 from utils.comparison import Group, Section
-from utils.published import PublishedRow
+from utils.published import MEAN, PublishedRow
 from utils.report import points_at_most
 
 FEWER_MARK = "†"
@@ -15,6 +15,7 @@ _PUBLISHED_PROTOCOLS = {
     "INP-Former": "P-AP and P-F1 of masks > 0",
     "Dinomaly": "pixel metrics of masks > 0, AUPRO of 200 thresholds (biased low)",
     "VarAD": "maps at the images' size, image score their maximum, epoch chosen by pixel AUROC on the test images",
+    "RAAD": "size of the maps and rule of the image score not stated",
 }
 
 
@@ -35,7 +36,18 @@ def result_notes(section: Section, others: list[PublishedRow]) -> list[str]:
     if names:
         notes.append(f"Left out of a mean where a category does not define it: {', '.join(names)}.")
     notes += [*pixel_error_notes(section), *_mask_notes(section), *_interpolation_notes(section)]
-    return [*notes, *_setup_notes(section, others), *_split_notes(section)] if others else notes
+    if not others:
+        return notes
+    return [*notes, *_setup_notes(section, others), *_split_notes(section), *published_notes(others)]
+
+
+def published_notes(rows: Sequence[PublishedRow]) -> list[str]:
+    """What is wrong with published numbers, or not stated about them."""
+    return [f"{_place(row)}: {row.note}." for row in rows if row.note]
+
+
+def _place(row: PublishedRow) -> str:
+    return row.method if row.item == MEAN else f"{row.method} on {row.item}"
 
 
 def pixel_error_notes(section: Section) -> list[str]:
@@ -79,13 +91,15 @@ def _setup_notes(section: Section, others: list[PublishedRow]) -> list[str]:
 
     Rows on maps of different sizes are no reference for each other: each of our runs is compared with those of its size.
     """
-    by_size: dict[int, list[PublishedRow]] = {}
+    by_size: dict[tuple[int, str], list[PublishedRow]] = {}
     for row in others:
-        by_size.setdefault(row.metric_size, []).append(row)
+        by_size.setdefault((row.metric_size, row.host), []).append(row)
     notes = []
-    for size, rows in by_size.items():
+    for (size, host), rows in by_size.items():
         where = f" on maps of {f'{size} px' if size else 'the size of the images'}" if len(by_size) > 1 else ""
-        groups = [(label, group) for label, group in section.labelled_groups if group.metric_size == size]
+        groups = [
+            (label, group) for label, group in section.labelled_groups if group.metric_size == size and host in ("", group.host)
+        ]
         notes += _setup_notes_of(rows, groups, f"Published{where}")
     if len(by_size) > 1:
         notes.append("Published rows on maps of different sizes are not comparable, nor is a run with those of another size.")
@@ -122,7 +136,7 @@ def _has_setup_of(row: PublishedRow, config: dict) -> bool:
     """Whether a run has the encoder and the sizes of a published row; without a crop its images end at whole patches."""
     if row.encoder != config["encoder"]:
         return False
-    patch, size = ENCODERS[row.encoder].patch_size, int(row.input_size)
+    patch, size = patch_size_of(row.encoder), int(row.input_size)
     expected = (size, int(row.crop_size)) if row.crop_size else (size // patch * patch,) * 2
     return (config["input_size"], config["crop_size"]) == expected
 

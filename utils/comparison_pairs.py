@@ -12,7 +12,8 @@ _FLOAT_KEYS = (
     "setting", "dataset", "realiad_json", "skip_bad_images", "shot", "per_category", "seed", "encoder", "pos_embed",
     "input_size", "crop_size", "interpolation", "holdout", "precision", *PROTOCOL_KEYS,
 )  # fmt: skip
-_REFERENCES = ("load_checkpoint", "distill_teacher", "test_checkpoint")  # names of other runs, which carry their seed
+# names of other runs, which carry their seed
+_REFERENCES = ("load_checkpoint", "distill_teacher", "test_checkpoint", "baseline")
 
 
 def but_for_seed(run: Run) -> dict:

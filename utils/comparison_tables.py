@@ -3,7 +3,9 @@
 from collections.abc import Sequence
 
 from utils.comparison import Average, Comparison, Group, Section
-from utils.comparison_notes import FEWER_MARK, pixel_error_notes, result_notes
+from utils.comparison_notes import FEWER_MARK, pixel_error_notes, published_notes, result_notes
+from utils.comparison_quantization import quantization_notes
+from utils.hosts import HOSTS
 from utils.published import MEAN, Claim, Published, PublishedRow
 from utils.run_results import Run
 from utils.tables import Table
@@ -75,7 +77,7 @@ def cost_table(section: Section) -> Table:
     notes += [f"Milliseconds from a decoded photograph to its map, one image: {machine}." for machine in sorted(machines)]
     if len(machines) > 1:
         notes.append("Milliseconds come from several measurements and are not comparable; measure all runs in one call.")
-    return Table("Cost", rows, tuple(notes))
+    return Table("Cost", rows, (*notes, *quantization_notes(section)))
 
 
 def category_table(section: Section, published: Published) -> Table:
@@ -90,7 +92,8 @@ def category_table(section: Section, published: Published) -> Table:
             if item in group.items:
                 compared = [item] if item in group.items_with_float else []
                 rows.append((item, label, "ours", str(group.stage), *_our_cells(group, section.metrics, [item], compared)))
-    return Table("Categories", rows)
+    shown = [row for row in others if row.item in section.items]
+    return Table("Categories", rows, tuple(published_notes(shown)))
 
 
 def provenance_table(runs: Sequence[Run]) -> Table:
@@ -130,7 +133,7 @@ def claim_lines(section: Section, claims: Sequence[Claim]) -> list[str]:
         ours = [
             f"{label} (stage {group.stage}): {_ratios(group.parts[0].run)}, {_auroc_difference(group)}"
             for label, group in section.labelled_groups
-            if group.stage > 0
+            if group.stage > 0 and HOSTS[group.host].binarizes
         ]
         if ours:
             lines.append(

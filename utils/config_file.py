@@ -37,12 +37,13 @@ def config_tokens(parser: argparse.ArgumentParser, path: Path) -> list[str]:
             raise UserError(f"--config {str(path)!r}: unknown setting {key!r}; {hint}")
         if value is None:
             continue
-        if value is False and "off" in (flags[key].choices or ()):
+        if value is False and "off" in (flags[key].choices or str(flags[key].metavar).split("|")):
             value = "off"  # what YAML makes of an unquoted off
         if flags[key].nargs == 0:
             if not isinstance(value, bool):
                 raise UserError(f"--config {str(path)!r}: {key} must be true or false, found {value!r}")
-            tokens += [f"--{key}"] if value else []
+            negative = [f"--no-{key}"] if isinstance(flags[key], argparse.BooleanOptionalAction) else []
+            tokens += [f"--{key}"] if value else negative
         elif isinstance(value, list) and flags[key].nargs == "+" and value:
             tokens += [f"--{key}", *map(str, value)]
         elif isinstance(value, (str, int, float)) and not isinstance(value, bool):

@@ -5,15 +5,13 @@ from pathlib import Path
 
 import torch
 
-from binarize.linear import BinarizationOptions
-from binarize.stages import binarize
 from common.errors import UserError
-from models.build import build_encoder
 from models.detector import Detector
 from models.encoder import FrozenEncoder
 from utils.categories import ModelData
 from utils.checkpoint import load_checkpoint
-from utils.hosts import HOSTS, Host
+from utils.host import Host
+from utils.hosts import HOSTS
 from utils.run_folder import EARLIER_DEFAULTS
 from utils.settings import ModelOptions, Settings
 
@@ -23,7 +21,6 @@ logger = logging.getLogger(__name__)
 # What a checkpoint and the command that reads it must agree on: the network, the data it is for, and once binary, the bits.
 _NETWORK_KEYS = ("encoder", "encoder_sha256", "pos_embed", "input_size", "crop_size", "interpolation")
 _DATA_KEYS = ("dataset", "item", "items", "chosen_files")
-_BINARY_KEYS = ("act_bits", "sab", "weight_gradient", "activation_gradient")
 
 
 def description(settings: Settings, model: ModelData, encoder: FrozenEncoder, host: str) -> dict:
@@ -69,12 +66,13 @@ def open_checkpoint(path: Path, expected: dict, stages: tuple[int, ...], purpose
             "this host, or use the other's script"
         )
     if content["stage"] not in stages:
-        wanted = " or ".join(map(str, stages))
+        host = HOSTS[content["host"]]
+        wanted = " or ".join(map(host.stage_name, stages))
         raise UserError(
-            f"wrong stage: {purpose} needs a model of CLB stage {wanted}, {str(path)!r} is of stage {content['stage']}"
+            f"wrong stage: {purpose} needs a model of {wanted}, {str(path)!r} is of {host.stage_name(content['stage'])}"
         )
     keys = _NETWORK_KEYS + HOSTS[expected["host"]].network_flags + (_DATA_KEYS if same_data else ())
-    keys += _BINARY_KEYS if content["stage"] > 0 and expected["stage"] > 0 else ()
+    keys += HOSTS[expected["host"]].stage_flags if content["stage"] > 0 and expected["stage"] > 0 else ()
     found, wanted = ({**EARLIER_DEFAULTS, **about["config"], **about} for about in (content, expected))
     differing = [key for key in keys if key in wanted and found.get(key) != wanted[key]]
     differences = [
@@ -92,9 +90,8 @@ def restore_detector(content: dict, path: Path, encoder: FrozenEncoder, host: Ho
     """The detector of a checkpoint, at its own stage."""
     config = content["config"]
     detector = host.build(encoder, config)
-    options = BinarizationOptions(*(config[key] for key in ("act_bits", "sab", "weight_gradient", "activation_gradient")))
-    binarize(detector, content["stage"], options)
     state = {name.removeprefix("module.").removeprefix("_orig_mod."): value for name, value in content["model"].items()}
+    host.convert(detector, content["stage"], config, state)
     try:
         detector.load_trained_state(state)
     except RuntimeError as error:
@@ -112,14 +109,14 @@ def load_detector(path: Path, encoder_weights: str | None) -> tuple[Detector, di
     config = content["config"]
     if content.get("host") not in HOSTS:
         raise UserError(f"unknown host: {str(path)!r} holds a {content.get('host')!r}, known are {' '.join(HOSTS)}")
-    taps = HOSTS[content["host"]].taps
-    encoder = build_encoder(content["encoder"], config["crop_size"], encoder_weights, config["pos_embed"], taps)
+    host = HOSTS[content["host"]]
+    encoder = host.build_encoder(content["encoder"], config["crop_size"], encoder_weights, config["pos_embed"])
     if encoder.weights_sha256 != content["encoder_sha256"]:
         raise UserError(
             f"wrong encoder: {str(path)!r} was trained on {content['encoder']} of sha256 {content['encoder_sha256'][:16]}, "
             f"{encoder.source} has {encoder.weights_sha256[:16]}; give --encoder_weights FILE with the weights of the training"
         )
-    return restore_detector(content, path, encoder, HOSTS[content["host"]]).eval(), content
+    return restore_detector(content, path, encoder, host).eval(), content
 
 
 def start_detector(settings: Settings, model: ModelData, encoder: FrozenEncoder, host: Host, device: torch.device) -> Detector:
@@ -129,11 +126,11 @@ def start_detector(settings: Settings, model: ModelData, encoder: FrozenEncoder,
         detector = host.build(encoder, settings.config)
     else:
         path = checkpoint_path(settings, options.load_checkpoint, model)
-        content = open_checkpoint(path, expected, (options.stage - 1,), f"--clb_stage {options.stage}")
+        content = open_checkpoint(path, expected, (host.start_stage(settings.config),), host.stage_flag(options.stage))
         _check_held_out(settings, content, path)
         detector = restore_detector(content, path, encoder, host)
-        logger.info("%s: starts from %s (stage %d)", model.name, path, content["stage"])
-    binarize(detector, options.stage, options.binarization)
+        logger.info("%s: starts from %s (%s)", model.name, path, host.stage_name(content["stage"]))
+    host.convert(detector, options.stage, settings.config, {})
     host.prepare_training(detector.to(device), settings.config)
     if options.distillation_weight:
         path = checkpoint_path(settings, _teacher_reference(options), model)
@@ -164,7 +161,7 @@ def check_referenced_checkpoints(settings: Settings, model: ModelData, encoder: 
     options, expected = settings.model, description(settings, model, encoder, host.name)
     if options.load_checkpoint:
         path = checkpoint_path(settings, options.load_checkpoint, model)
-        content = open_checkpoint(path, expected, (options.stage - 1,), f"--clb_stage {options.stage}")
+        content = open_checkpoint(path, expected, (host.start_stage(settings.config),), host.stage_flag(options.stage))
         _check_held_out(settings, content, path)
     if options.distillation_weight:
         open_checkpoint(checkpoint_path(settings, _teacher_reference(options), model), expected, (0,), "--distill")

@@ -30,6 +30,7 @@ class DistillationOptions:
     image_size: int = 256
     statistics_images: int = 10_000
     seed: int = 0
+    precision: str = "fp32"
 
 
 class ImagePairs(Dataset):

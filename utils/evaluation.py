@@ -37,6 +37,7 @@ from utils.protocol import (
 logger = logging.getLogger(__name__)
 
 SCALE_SIDE = DEFAULT_METRIC_SIZE  # pixels a side of each map that a scale is made from: enough for its quantiles
+_NORMAL_SHARE = 0.995  # of the pixels of normal images that lie below the threshold of `--true_false val_quantile`
 
 
 @dataclass(frozen=True)
@@ -168,11 +169,13 @@ def _map_in_memory(map_of: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor
 def calibrate_scale(evaluation: Evaluation, quantile: float = 0.999) -> dict[str, float | list[float]]:
     """What normal looks like, from maps and scores of normal images: the fixed scale of heat maps and thresholds.
 
-    `map_median` and `map_limit` (the quantile) of all pixels; `scores` of all images, ascending.
+    `map_median`, `map_limit` (the quantile) and `map_threshold` (the 0.995 quantile, of `--true_false val_quantile`) of all
+    pixels; `scores` of all images, ascending.
     """
     return {
         "map_median": float(np.median(evaluation.maps)),
         "map_limit": float(np.quantile(evaluation.maps, quantile)),
+        "map_threshold": float(np.quantile(evaluation.maps, _NORMAL_SHARE)),
         "scores": sorted(map(float, evaluation.scores)),
     }
 
@@ -216,7 +219,8 @@ def measure(
     gathered = [list(gather_to_main(values)) for values in columns]
     if not is_main():
         return None
-    return measurement_of(data.records, *map(np.concatenate, gathered), pixels, options.pro_mode, item, layout, seconds)
+    rules = options.pro_mode, item, layout, seconds, options.true_false
+    return measurement_of(data.records, *map(np.concatenate, gathered), pixels, *rules)
 
 
 def _own_images(count: int, batch_size: int) -> range:

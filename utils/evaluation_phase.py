@@ -29,7 +29,7 @@ def evaluation_phase(experiment: Experiment) -> RunFolder:
         )
     paths = {model.name: model.folder(run.path) / "model.pth" for model in experiment.models}
     for model in experiment.models:
-        content = open_checkpoint(paths[model.name], experiment.description(model), (stage,), f"--clb_stage {stage}")
+        content = open_checkpoint(paths[model.name], experiment.description(model), (stage,), experiment.host.stage_flag(stage))
         unknown = [item for item in model.items if item not in content.get("items", model.items)]
         if unknown:
             logger.warning("%s: not among the categories that %s was trained on", " ".join(unknown), paths[model.name])
@@ -47,7 +47,7 @@ def zero_shot_phase(experiment: Experiment) -> RunFolder:
     """Evaluate a model of another training on these categories, in a run folder that names source and target."""
     settings, stage, path = experiment.settings, experiment.settings.model.stage, experiment.settings.test_checkpoint
     expected = experiment.description(experiment.models[0])
-    content = open_checkpoint(path, expected, (stage,), f"--clb_stage {stage}", same_data=False)
+    content = open_checkpoint(path, expected, (stage,), experiment.host.stage_flag(stage), same_data=False)
     output = RunFolder(settings.zero_shot_path(content["config"]["dataset"]))
     with only_on_main(output.lock()):
 

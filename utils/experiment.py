@@ -59,7 +59,7 @@ def log_start(experiment: Experiment) -> None:
     settings, encoder = experiment.settings, experiment.encoder
     logger.info("run folder: %s, phase %s, device %s", experiment.run.path, settings.phase, experiment.device)
     flags = [f"{flag} {settings.config[flag]}" for flag in experiment.host.network_flags]
-    logger.info("network: %s, CLB stage %d, %s", experiment.host.name, settings.model.stage, ", ".join(flags))
+    logger.info("network: %s, %s, %s", experiment.host.name, experiment.host.stage_name(settings.model.stage), ", ".join(flags))
     logger.info("encoder: %s from %s (sha256 %s)", encoder.name, encoder.source, encoder.weights_sha256[:16])
     logger.info("evaluation: %s", settings.evaluation.describe())
 
@@ -98,10 +98,13 @@ def evaluate_category(
 ) -> None:
     """Measure a category and write its scores, pictures and row."""
     settings, training = experiment.settings, experiment.settings.training
+    calibration = None
+    if not settings.test_checkpoint and settings.evaluation.scoring == "reconstruction":  # as all models are calibrated
+        calibration = content.get("calibrations", {}).get(category.item, content["calibration"])
     measurement = measure(
         detector,
         data,
-        settings.evaluation,
+        settings.evaluation.with_threshold(calibration),
         training.batch_size,
         training.num_workers,
         training.precision,
@@ -111,11 +114,8 @@ def evaluate_category(
     )
 
     def write() -> None:
-        if settings.test_checkpoint or settings.evaluation.scoring != "reconstruction":  # as all models are calibrated
-            calibration = scale_of_unknown(settings, detector, data)
-        else:
-            calibration = content.get("calibrations", {}).get(category.item, content["calibration"])
-        report_category(settings, output, category, measurement, detector, data, calibration)
+        scale = calibration or scale_of_unknown(settings, detector, data)
+        report_category(settings, output, category, measurement, detector, data, scale)
         output.add_row(category.item, measurement.metrics, experiment.items, measurement.pixel_error)
 
     on_main(write)

@@ -9,17 +9,22 @@ import torch
 
 from binarize.stages import scale_parameters
 from common.errors import NumericError, UserError
+from datasets.layouts import LAYOUTS
 from datasets.records import ImageDataset, Record
 from datasets.transforms import IMAGENET_MEAN, IMAGENET_STD, interpolation_entry
 from models.detector import Detector
+from models.efficientad import EfficientAD
+from quantize.layers import quantized_layers
 from utils.agreement import compare_on_bits, packed_copy
 from utils.checkpoint import atomic_write, check_writable, load_checkpoint
 from utils.detectors import load_detector
 from utils.evaluation import SCALE_SIDE, calibrate_scale, evaluate
+from utils.host import Config
 from utils.hosts import HOSTS
 from utils.onnx_export import export_onnx
 from utils.packed_model import PackingOptions, describe, packed_bytes
 from utils.protocol import EvaluationOptions
+from utils.raad_export import describe_efficientad, export_codes, export_integers
 from utils.tables import format_rows
 
 logger = logging.getLogger(__name__)
@@ -46,12 +51,22 @@ class ThresholdOptions:
 
 def check_exportable(content: dict, path: Path) -> None:
     """Raise UserError for a model that has no packed form, or as `check_complete` does."""
-    if content["stage"] == 0 and not HOSTS[content["host"]].exports_float:
+    host = HOSTS.get(content["host"])  # an unknown one is refused when the model is loaded
+    if host and not host.binarizes and not _is_quantized(content):
+        raise UserError(
+            f"nothing to pack: {str(path)!r} is a float model of {content['host']}; export that of --stage quantize or "
+            "finetune, or this one as it is with --output FILE.onnx"
+        )
+    if content["stage"] == 0 and host and not host.exports_float:
         raise UserError(
             f"nothing to pack: {str(path)!r} is a float model (CLB stage 0); train --clb_stage 1 and 2 from it, or export it "
             "as it is with --output FILE.onnx"
         )
     check_complete(content, path)
+
+
+def _is_quantized(content: dict) -> bool:
+    return any(".weight_quantizer." in name for name in content["model"])
 
 
 def check_complete(content: dict, path: Path) -> None:
@@ -93,17 +108,30 @@ def for_category(content: dict, item: str | None, path: Path) -> dict:
 
 
 def export_packed(
-    checkpoint: Path, output: Path, options: PackingOptions, threshold: ThresholdOptions, encoder_weights: str | None
+    checkpoint: Path, output: Path, options: PackingOptions | None, threshold: ThresholdOptions, encoder_weights: str | None
 ) -> None:
     """Write the packed file of a `model.pth` and log what was proved and what it weighs.
+
+    Args:
+        options: None for the default, and for a quantized model, which has no choice.
 
     Raises:
         UserError: see `load_detector` and `check_exportable`; nothing is written then.
     """
-    check_exportable(load_checkpoint(checkpoint), checkpoint)
+    content = load_checkpoint(checkpoint)
+    check_exportable(content, checkpoint)
+    if options and _is_quantized(content):
+        raise UserError(
+            f"{str(checkpoint)!r} is quantized to the bits of its training, and what is float in it stays float32; leave out "
+            "--encoder_precision, --trained_precision and --encoder_reference"
+        )
     check_writable(output)
     detector, content = load_detector(checkpoint, encoder_weights)
     content = for_category(content, threshold.item, checkpoint)
+    if quantized_layers(detector):
+        _export_quantized(detector, content, output, threshold)
+        return
+    options = options or PackingOptions()
     if detector.trains_encoder and (options.encoder != "fp32" or options.encoder_reference):
         raise UserError(
             f"--encoder_precision {options.encoder}: {str(checkpoint)!r} changes its encoder (--adapter lora), which must then "
@@ -120,6 +148,14 @@ def export_packed(
     logger.info("%s", _sizes(detector, packed, options, file))
 
 
+def _export_quantized(detector: EfficientAD, content: dict, output: Path, threshold: ThresholdOptions) -> None:
+    decision, scale = _decision(detector, content, threshold)
+    metadata = describe_efficientad(detector, {**content, "calibration": scale}, decision, transform_of(content))
+    table = export_codes(detector, metadata, output, content["config"]["crop_size"])
+    logger.info("threshold: %.4f, from %s", decision["threshold"], decision["source"])
+    logger.info("loaded back, the file gives the very maps of the trained model on images of noise\n%s", table)
+
+
 def export_graph(checkpoint: Path, output: Path, threshold: ThresholdOptions, encoder_weights: str | None) -> None:
     """Write the ONNX graph of a `model.pth` of any stage; raises UserError as `load_detector` and `export_onnx` do."""
     check_writable(output)
@@ -132,8 +168,15 @@ def export_graph(checkpoint: Path, output: Path, threshold: ThresholdOptions, en
         )
     content = for_category(content, threshold.item, checkpoint)
     decision, scale = _decision(detector, content, threshold)
-    metadata = describe(detector, {**content, "calibration": scale}, decision, transform_of(content))
-    difference = export_onnx(detector, metadata, output)
+    description = describe_efficientad if isinstance(detector, EfficientAD) else describe
+    metadata = description(detector, {**content, "calibration": scale}, decision, transform_of(content))
+    side = content["config"]["crop_size"]
+    if quantized_layers(detector):
+        report = export_integers(detector, metadata, output, side)
+        logger.info("threshold: %.4f, from %s", decision["threshold"], decision["source"])
+        logger.info("%s", report.describe())
+        return
+    difference = export_onnx(detector, metadata, output, side)
     logger.info("threshold: %.4f, from %s", decision["threshold"], decision["source"])
     logger.info("ONNX Runtime and torch: maps of noise differ by at most %.1e where no bit lies at its threshold", difference)
 
@@ -155,10 +198,18 @@ def _features_of_noise(detector: Detector, content: dict) -> torch.Tensor:
     return detector.encode(images)
 
 
+def _scored_by_training(config: Config) -> str:
+    """Which images the scores that a training stored are of."""
+    if not config.get("holdout"):
+        return "training images"
+    has_own = any(LAYOUTS[name].validation for name in config["dataset"].split("+"))
+    return "held-out normal images" if has_own else "held-out training images"
+
+
 def _decision(packed: Detector, content: dict, options: ThresholdOptions) -> tuple[dict, dict]:
     """Threshold with its origin, and the scale of the maps."""
     if options.images is None:
-        images = "held-out training images" if content["config"].get("holdout") else "training images"
+        images = _scored_by_training(content["config"])
         scale, source = content["calibration"], f"scores of {images}, stored by the training"
     else:
         records = [Record(path, 0, content["item"]) for path in options.images]

@@ -9,6 +9,7 @@ from models.build import build_dinomaly, build_inp_former
 from models.dinomaly import ATTENTIONS, MINING_WARMUP, DinomalyOptions, DinomalyTraining
 from utils.converters import number
 from utils.host import Config, Host, fields_of
+from utils.raad_host import RAAD
 from utils.varad_host import VARAD
 
 
@@ -119,7 +120,7 @@ DINOMALY = Host(
 )
 
 
-HOSTS = {host.name: host for host in (INP_FORMER, DINOMALY, VARAD)}
+HOSTS = {host.name: host for host in (INP_FORMER, DINOMALY, VARAD, RAAD)}
 
 
 def network_defaults(host: Host) -> dict[str, object]:

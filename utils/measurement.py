@@ -11,7 +11,16 @@ from datasets.catalog import Layout
 from datasets.records import Record
 from utils.cache_plan import available_memory
 from utils.distributed import is_main, on_main, peers_expected, world_size
-from utils.metrics import METRIC_NAMES, PixelMetrics, ProMode, collected_pixel_metrics, kind_aurocs, ranking_metrics
+from utils.metrics import (
+    METRIC_NAMES,
+    NO_TRUE_FALSE,
+    TRUE_FALSE_NAMES,
+    PixelMetrics,
+    ProMode,
+    collected_pixel_metrics,
+    kind_aurocs,
+    ranking_metrics,
+)
 from utils.pixel_scores import BIN_COUNT, ExactPixelScores, HistogramPixelScores, PixelScores, exact_bytes
 
 logger = logging.getLogger(__name__)
@@ -24,7 +33,7 @@ class Measurement:
     Attributes:
         paths, labels, scores: per image.
         empty_masks: defective images with known truth whose mask marks nothing within the crop.
-        metrics: by column name: the seven, then those that only some data sets have.
+        metrics: by column name: the seven, then those that only some data sets have, then TRUE and FALSE if they are wanted.
         pixel_error: the exact pixel metrics lie at most this far from the given ones; None where these are exact.
         mean_gate: share of the attention maps that was binary, None without gates.
         seconds: what the main process took to read and score its images, without the metrics.
@@ -105,6 +114,7 @@ def measurement_of(
     item: str,
     layout: Layout,
     seconds: float,
+    true_false: str = NO_TRUE_FALSE,
 ) -> Measurement:
     """All metrics of a category.
 
@@ -112,17 +122,20 @@ def measurement_of(
         scores, gates, empty: (n,) per record: image score, mean gate (NaN without gates), whether its mask marks nothing.
         pixels: gathered scores of all records with known truth.
         seconds: as `Measurement.seconds`.
+        true_false: as `EvaluationOptions.true_false`.
     """
     labels, kinds = np.array([record.label for record in records], int), [record.kind for record in records]
-    metrics = collected_pixel_metrics(pixels, pro_mode)
+    metrics = collected_pixel_metrics(pixels, pro_mode, true_false)
     if metrics.error is not None:
         logger.warning("%s: pixel metrics from %d bins; the exact values lie within ±%.1e", item, BIN_COUNT, metrics.error)
+        if true_false != NO_TRUE_FALSE:
+            logger.warning("%s: %s and %s stay empty, bins do not know their threshold", item, *TRUE_FALSE_NAMES)
     return Measurement(
         paths=[str(record.path) for record in records],
         labels=labels,
         scores=scores,
         empty_masks=int(empty.sum()),
-        metrics=_columns(scores, labels, kinds, metrics, layout),
+        metrics=_columns(scores, labels, kinds, metrics, layout) | _true_false_columns(metrics, true_false),
         pixel_error=metrics.error,
         mean_gate=mean_of_gates([None if np.isnan(gate) else gate for gate in gates.tolist()]),
         seconds=seconds,
@@ -139,3 +152,7 @@ def _columns(
     if layout.defect_regions:
         columns["AU-sPRO"] = pixel.saturated_overlap
     return columns
+
+
+def _true_false_columns(pixel: PixelMetrics, rule: str) -> dict[str, float | None]:
+    return {} if rule == NO_TRUE_FALSE else dict(zip(TRUE_FALSE_NAMES, (pixel.recall, pixel.false_share), strict=True))

@@ -7,6 +7,7 @@ import numpy as np
 
 from utils.pixel_scores import ExactPixelScores, HistogramPixelScores, PixelScores
 from utils.ranks import (
+    Ranks,
     auroc,
     auroc_range,
     average_precision,
@@ -21,6 +22,8 @@ from utils.ranks import (
 PRO_LIMIT = 0.3
 SPRO_LIMIT = 0.05
 _LINEAR_THRESHOLDS = 200
+NO_TRUE_FALSE, BEST_F1, NORMAL_QUANTILE = "off", "f1max", "val_quantile"
+TRUE_FALSE_NAMES = ("P-TRUE", "P-FALSE")
 ProMode = Literal["exact", "dinomaly"]
 
 
@@ -43,6 +46,7 @@ class PixelMetrics:
 
     Attributes:
         saturated_overlap: AU-sPRO, the area under the curve of saturated per-region overlap up to FPR 0.05, over 0.05.
+        recall, false_share: RAAD's TRUE and FALSE, see `_true_and_false`.
         error: the exact values lie at most this far from the given ones; None where these are exact.
     """
 
@@ -51,6 +55,8 @@ class PixelMetrics:
     f1: float | None = None
     aupro: float | None = None
     saturated_overlap: float | None = None
+    recall: float | None = None
+    false_share: float | None = None
     error: float | None = None
 
 
@@ -104,10 +110,41 @@ def kind_aurocs(scores: np.ndarray, kinds: list[str], split_kinds: tuple[str, ..
     return {**columns, "I-AUROC-mean": None if None in values else sum(values) / len(values)}
 
 
-def collected_pixel_metrics(scores: PixelScores, pro_mode: ProMode = "exact") -> PixelMetrics:
+def fixed_threshold(rule: str) -> float | None:
+    """VALUE of the rule `fixed:VALUE`, None for another."""
+    kind, _, value = rule.partition(":")
+    return float(value) if kind == "fixed" else None
+
+
+def _true_and_false(scores: ExactPixelScores, ranks: Ranks, rule: str) -> tuple[float | None, float | None]:
+    """RAAD's TRUE |M & G| / |G| and FALSE 1 - |M & G| / |M| of all pixels together (figure 6): recall and 1 - precision.
+
+    M are the pixels with at least the threshold of `rule` (the paper names none), `f1max` for that of the best F1, of equal
+    ones the highest; G are the defect pixels. FALSE is None where no pixel reaches the threshold, both are with `off`.
+    """
+    if rule == NO_TRUE_FALSE:
+        return None, None
+    defective, threshold = int(ranks.counts.sum()), fixed_threshold(rule)
+    if rule == BEST_F1:
+        found, wrong = np.cumsum(ranks.counts[::-1]), ranks.at_or_above[::-1]  # with each threshold, the highest first
+        best = np.argmax(2 * found / (found + wrong + defective))
+        hits, false = int(found[best]), int(wrong[best])
+    else:
+        positives, _, negatives = scores.arrays()
+        limit = positives.dtype.type(threshold)
+        hits, false = (len(values) - int(np.searchsorted(values, limit)) for values in (positives, negatives))
+    return hits / defective, false / (hits + false) if hits + false else None
+
+
+def collected_pixel_metrics(scores: PixelScores, pro_mode: ProMode = "exact", true_false: str = NO_TRUE_FALSE) -> PixelMetrics:
     """All pixel metrics of collected scores (after `gather` on the main process).
 
-    All None if no pixel or every pixel is defective. `pro_mode` "dinomaly" needs `ExactPixelScores`.
+    All None if no pixel or every pixel is defective. `pro_mode` "dinomaly" needs `ExactPixelScores`, and so do TRUE and FALSE:
+    no error could be stated of a threshold that bins only know about.
+
+    Args:
+        true_false: rule of their threshold, `f1max` or `fixed:VALUE`; `off`: they are not measured. `val_quantile` is none,
+            since it needs a model's normal images: `EvaluationOptions.with_threshold` makes a fixed one of it.
     """
     ranks = scores.ranks()
     if ranks is None:
@@ -117,7 +154,7 @@ def collected_pixel_metrics(scores: PixelScores, pro_mode: ProMode = "exact") ->
     values.append(partial_area(ranks, PRO_LIMIT) if pro_mode == "exact" else _dinomaly_aupro(*scores.arrays()))
     values.append(partial_area(saturated, SPRO_LIMIT) if saturated else None)
     if not isinstance(scores, HistogramPixelScores):
-        return PixelMetrics(*values)
+        return PixelMetrics(*values, *_true_and_false(scores, ranks, true_false))
     ranges = [auroc_range(ranks), average_precision_range(ranks), best_f1_range(ranks), partial_area_range(ranks, PRO_LIMIT)]
     if saturated:
         ranges.append(partial_area_range(saturated, SPRO_LIMIT))

@@ -1,4 +1,4 @@
-"""StableAdamW and the warm-up/cosine schedule of INP-Former and Dinomaly."""
+"""StableAdamW and the schedules: warm-up and cosine of INP-Former and Dinomaly, late step of EfficientAD."""
 
 import math
 
@@ -7,7 +7,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 DEFAULT_WARMUP = 100
-OPTIMIZERS = ("stable_adamw", "adamw")
+OPTIMIZERS = ("stable_adamw", "adamw", "adam")
+SCHEDULES = ("cosine", "step")
+_STEP_AT = 0.95  # of the iterations
 
 
 class StableAdamW(Optimizer):
@@ -68,7 +70,7 @@ class StableAdamW(Optimizer):
 
 def build_optimizer(name: str, groups: list[dict], rate: float, betas: tuple[float, float], eps: float) -> Optimizer:
     """One of `OPTIMIZERS` over parameter groups that bring their weight decay."""
-    kind = {"stable_adamw": StableAdamW, "adamw": torch.optim.AdamW}[name]
+    kind = {"stable_adamw": StableAdamW, "adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[name]
     return kind(groups, lr=rate, betas=betas, eps=eps)
 
 
@@ -77,9 +79,16 @@ def warmup_length(total_iterations: int, wanted: int = DEFAULT_WARMUP) -> int:
     return min(wanted, total_iterations // 5)
 
 
-def learning_rate(iteration: int, total_iterations: int, warmup: int, peak: float, final: float) -> float:
-    """Rate of a 0-based iteration: linspace(0, peak) over the warm-up (the first step has rate 0), then cosine to final."""
+def learning_rate(
+    iteration: int, total_iterations: int, warmup: int, peak: float, final: float, schedule: str = "cosine"
+) -> float:
+    """Rate of a 0-based iteration: linspace(0, peak) over the warm-up (the first step has rate 0), then cosine to final.
+
+    With the schedule `step` the rate stays at the peak after the warm-up and is final in the last 5 % of the iterations.
+    """
     if iteration < warmup:
         return peak * iteration / max(1, warmup - 1)
+    if schedule == "step":
+        return peak if iteration < int(_STEP_AT * total_iterations) else final
     progress = (iteration - warmup) / max(1, total_iterations - warmup)
     return final + 0.5 * (peak - final) * (1 + math.cos(math.pi * progress))

@@ -9,23 +9,22 @@ import torch
 from torch import Tensor, nn
 
 from binarize.int8 import to_int8
-from binarize.linear import BinarizationOptions
 from binarize.packed import read_file, to_bytes
 from binarize.packed_blocks import pack_modules
 from binarize.runtime import prepare_modules
-from binarize.stages import binarize
 from common.errors import UserError
-from models.build import ENCODERS, build_encoder, build_encoder_without_weights
+from models.build import ENCODERS, build_encoder_without_weights
 from models.detector import Detector
+from utils.host import BINARY_KEYS
 from utils.hosts import HOSTS
+from utils.raad_packed import skeleton, state_of
 
 logger = logging.getLogger(__name__)
 
 ENCODER_PRECISIONS = ("fp32", "bf16", "int8")
 TRAINED_PRECISIONS = ("fp32", "fp16", "int8")
-_BINARY_KEYS = ("act_bits", "sab", "weight_gradient", "activation_gradient")
 # of a training's configuration: what determines the network; the rest may name files of the machine that trained it
-_NETWORK_KEYS = ("pos_embed", "input_size", "crop_size", *_BINARY_KEYS)
+_NETWORK_KEYS = ("pos_embed", "input_size", "crop_size", *BINARY_KEYS)
 _WEIGHTS_OF_SCANS = ("x_proj", "step_weight", "start")
 _VECTORS_OF_TWO_DIMENSIONS = ("prototype_token", "step_bias", "skip", "usual_error", "error_deviation")
 _FLOAT_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.float16}
@@ -157,32 +156,48 @@ def load_packed(path: Path, device: torch.device | str = "cpu", encoder_weights:
         UserError: no such file, damaged, foreign, too new, or its encoder cannot be had.
     """
     tensors, description = read_file(path)
+    detector = restore_packed(tensors, description, str(path), encoder_weights)
+    prepare_modules(detector.to(device))
+    return detector, description
+
+
+def restore_packed(tensors: dict[str, Tensor], description: dict, name: str, encoder_weights: str | None = None) -> Detector:
+    """The detector that a file's tensors and description are of, on the CPU; its modules are not prepared yet.
+
+    Raises:
+        UserError: they are of no model this program knows, with the file's `name`; or as `load_packed` does.
+    """
     try:
-        options = PackingOptions(**description["precision"])
-        detector = _skeleton(description, options, encoder_weights)
+        if description["host"] not in HOSTS:
+            raise ValueError(f"unknown host {description['host']!r}")
+        if HOSTS[description["host"]].binarizes:
+            options = PackingOptions(**description["precision"])
+            detector = _skeleton(description, options, encoder_weights)
+        else:
+            options, detector = PackingOptions("fp32", "fp32"), skeleton(description)
+            tensors = state_of(detector, tensors)
         _fill(detector, tensors, options)
     except (KeyError, TypeError, ValueError, AttributeError, AssertionError, RuntimeError) as error:
         raise UserError(
-            f"model unusable: {str(path)!r} does not describe a model this program knows ({error}); export it again"
+            f"model unusable: {name!r} does not describe a model this program knows ({error}); export it again"
         ) from error
-    prepare_modules(detector.to(device).eval())
-    return detector, description
+    return detector.eval()
 
 
 def _skeleton(description: dict, options: PackingOptions, encoder_weights: str | None) -> Detector:
     """The network of a description, without values, but for an encoder that is only referred to."""
     config, named = description["config"], description["encoder"]
-    if named["name"] not in ENCODERS or description["host"] not in HOSTS:
-        raise ValueError(f"unknown encoder {named['name']!r} or host {description['host']!r}")
+    if named["name"] not in ENCODERS:
+        raise ValueError(f"unknown encoder {named['name']!r}")
     host = HOSTS[description["host"]]
     with torch.device("meta"):
         encoder = build_encoder_without_weights(
             named["name"], config["crop_size"], named["source"], named["sha256"], named["published_parameters"], host.taps
         )
         detector = host.build(encoder, config)
-        binarize(detector, description["stage"], BinarizationOptions(*(config[key] for key in _BINARY_KEYS)))
+        host.convert(detector, description["stage"], config, {})
     if options.encoder_reference:
-        detector.encoder = build_encoder(named["name"], config["crop_size"], encoder_weights, config["pos_embed"], host.taps)
+        detector.encoder = host.build_encoder(named["name"], config["crop_size"], encoder_weights, config["pos_embed"])
         if detector.encoder.weights_sha256 != named["sha256"]:
             raise UserError(
                 f"wrong encoder: the model was trained on {named['name']} from {named['source']} of sha256 "

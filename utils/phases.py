@@ -1,6 +1,5 @@
 """What a paper setting does with its data, from flags to results."""
 
-from models.build import build_encoder
 from utils.categories import all_items, list_data, models_of
 from utils.devices import choose_device
 from utils.distributed import is_main
@@ -24,9 +23,7 @@ def run_experiment(settings: Settings, host: Host) -> int:
         for model in models:
             settings.training_for(model.name, model.training_count)
     options = settings.model
-    encoder = build_encoder(
-        options.encoder, settings.data.crop_size, options.encoder_weights, options.position_embedding, host.taps
-    )
+    encoder = host.build_encoder(options.encoder, settings.data.crop_size, options.encoder_weights, options.position_embedding)
     experiment = Experiment(settings, host, RunFolder(settings.run_path), encoder, device, all_items(settings), models)
     if settings.phase == "train":
         output = train_phase(experiment)

@@ -27,7 +27,7 @@ class PreparedData:
 
     Attributes:
         train: the images that are trained on, in few-shot all their variants.
-        normal: category -> its held-out training images; if none are held out, all its training images as they are.
+        normal: category -> its held-out images; if none are held out, all its training images as they are.
         test: category -> test images, of categories that are not finished.
         features: precision of cached features, or "not cached".
     """
@@ -47,8 +47,9 @@ def plan_features(settings: Settings, models: list[ModelData], detector: Detecto
     categories = [category for model in models for category in model.categories]
     parts = {"test": [_images(settings, category.test) for category in categories if category.test]}
     if settings.phase == "train":
-        parts = {"train": [_training_images(settings, category) for category in categories], **parts}
-    if settings.cache_features == "off" or detector.trains_encoder:
+        validation = [_images(settings, category.validation) for category in categories if category.validation]
+        parts = {"train": [_training_images(settings, category) for category in categories] + validation, **parts}
+    if settings.cache_features == "off" or not detector.caches_features:
         return dict.fromkeys(parts, "off")
     folder, identity = settings.save_dir / "feature_cache", _identity(settings, detector)
     return plan_cache(
@@ -63,15 +64,21 @@ def plan_features(settings: Settings, models: list[ModelData], detector: Detecto
 
 def prepare(settings: Settings, model: ModelData, detector: Detector, places: Places, finished: set[str]) -> PreparedData:
     """Training and test images of a model; what can be cached is encoded here, so that broken files show up early."""
+
+    def cached(images: Dataset, name: str) -> Dataset:
+        return _cached(settings, images, detector, places["train"], name)
+
     parts = {
-        category.item: _cached(
-            settings, _training_images(settings, category), detector, places["train"], f"{category.item} train"
-        )
-        for category in model.categories
+        category.item: cached(_training_images(settings, category), f"{category.item} train") for category in model.categories
     }
     split = {
         category.item: _split_held_out(parts[category.item], category.held_out, settings.training.seed)
         for category in model.categories
+    }
+    validation = {
+        category.item: cached(_images(settings, category.validation), f"{category.item} validation")
+        for category in model.categories
+        if category.validation
     }
     test = {
         category.item: test_images(settings, category, detector, places)
@@ -80,7 +87,7 @@ def prepare(settings: Settings, model: ModelData, detector: Detector, places: Pl
     }
     return PreparedData(
         train=ConcatDataset([trained for trained, _ in split.values()]),
-        normal={item: Subset(kept, range(0, len(kept), model.variants)) for item, (_, kept) in split.items()},
+        normal={item: Subset(kept, range(0, len(kept), model.variants)) for item, (_, kept) in split.items()} | validation,
         test=test,
         features="float16" if all(isinstance(part, FeatureDataset) for part in parts.values()) else "not cached",
     )

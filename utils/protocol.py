@@ -1,6 +1,7 @@
 """The papers' evaluation protocol: from a raw anomaly map to scores of its pixels, from a mask to the truth beside them."""
 
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 import numpy as np
@@ -10,9 +11,10 @@ from PIL import Image
 from scipy import ndimage
 from torch import Tensor
 
+from common.errors import UserError
 from datasets.records import DefectRegion
 from datasets.transforms import Interpolation, mask_transform
-from utils.metrics import ProMode
+from utils.metrics import NO_TRUE_FALSE, NORMAL_QUANTILE, ProMode, fixed_threshold
 
 DEFAULT_METRIC_SIZE = 256
 LEAST_METRIC_SIZE = 16
@@ -27,6 +29,9 @@ class EvaluationOptions:
     Attributes:
         metric_size: side of the maps and masks that are measured, in pixels; 0 for the crop's, which they have by themselves.
         smoothing_border: what the Gaussian finds beyond a map's border.
+        true_false: threshold of RAAD's TRUE and FALSE of pixels: `f1max` that of the best F1, `fixed:VALUE` a map's value,
+            `val_quantile` what 99.5 % of the pixels of the normal images lie below that a model was calibrated on; `off`: they
+            are not measured.
     """
 
     mask_threshold: float = 0.5
@@ -37,17 +42,38 @@ class EvaluationOptions:
     scoring: Scoring = "reconstruction"
     metric_size: int = DEFAULT_METRIC_SIZE
     smoothing_border: SmoothingBorder = "zeros"
+    true_false: str = NO_TRUE_FALSE
 
     @classmethod
     def from_config(cls, config: dict) -> "EvaluationOptions":
         """The protocol of a stored configuration; where one is older than a choice, it has that one's default."""
-        later = ("scoring", "metric_size", "smoothing_border")
+        later = ("scoring", "metric_size", "smoothing_border", "true_false")
         config = {**{name: getattr(cls, name) for name in later}, **config}
         return cls(**{field.name: config[field.name] for field in fields(cls)})
 
     def map_side(self, crop_size: int) -> int:
         """Side of the maps that are measured, in pixels."""
         return self.metric_size or crop_size
+
+    def with_threshold(self, calibration: Mapping[str, object] | None) -> "EvaluationOptions":
+        """The same with a number in the place of `val_quantile`, from what a checkpoint says of normal images.
+
+        Raises:
+            UserError: it does not say it, or there is none for these images (None).
+        """
+        if self.true_false != NORMAL_QUANTILE:
+            return self
+        if calibration is None:
+            raise UserError(
+                f"--true_false {NORMAL_QUANTILE}: this model knows no normal images that are scored as these are; give f1max "
+                "or fixed:VALUE"
+            )
+        if "map_threshold" not in calibration:
+            raise UserError(
+                f"--true_false {NORMAL_QUANTILE}: the checkpoint is from before this was stored; train it again, or give f1max "
+                "or fixed:VALUE"
+            )
+        return replace(self, true_false=f"fixed:{calibration['map_threshold']}")
 
     def describe(self) -> str:
         """The protocol in one line."""
@@ -63,8 +89,20 @@ class EvaluationOptions:
         source = "distance to the nearest prototype, " if self.scoring == "prototype" else ""
         return (
             f"{source}maps at {size}; smoothing: {smoothing}; image score: {top}; "
-            f"mask: > {self.mask_threshold:g}; AUPRO: {pro}; P-AP: exact, step-wise"
+            f"mask: > {self.mask_threshold:g}; AUPRO: {pro}; P-AP: exact, step-wise{self._describe_true_false()}"
         )
+
+    def _describe_true_false(self) -> str:
+        if self.true_false == NO_TRUE_FALSE:
+            return ""
+        threshold = fixed_threshold(self.true_false)
+        if threshold is not None:
+            rule = f"{threshold:g}"
+        elif self.true_false == NORMAL_QUANTILE:
+            rule = "the 0.995 quantile of the normal images that the model was calibrated on"
+        else:
+            rule = "the threshold of its best P-F1, chosen on the test images"
+        return f"; P-TRUE (recall) and P-FALSE (1 - precision): of all pixels of a category, at scores >= {rule}"
 
 
 def gaussian_kernel(size: int, sigma: float) -> Tensor:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from common.errors import UserError
 from datasets.catalog import LAYOUTS
+from utils.hosts import HOSTS
 from utils.metrics import METRIC_NAMES
 
 PUBLISHED_FILE = Path(__file__).with_name("published_results.csv")
@@ -17,8 +18,9 @@ _KINDS = ("published", "reproduced", "claim")
 _CLAIMS = ("size_ratio", "flops_ratio", "auroc_loss")
 _COLUMNS = (
     "kind", "method", "setting", "dataset", "item", *METRIC_NAMES, *_CLAIMS, "encoder", "input_size", "crop_size",
-    "metric_size", "source",
+    "metric_size", "source", "host", "note",
 )  # fmt: skip
+_TEXTS = ("kind", "method", "setting", "dataset", "item", "encoder", "input_size", "crop_size", "source", "host", "note")
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,8 @@ class PublishedRow:
         item: a category, or `Mean` of all categories.
         encoder, input_size, crop_size: what it was measured with, "" if not stated or another kind of network.
         metric_size: side of the maps that it was measured on, in pixels; 0: that of the images.
+        host: whose runs it stands beside, "" for all that were measured on maps of that size.
+        note: what is wrong with its numbers or not stated, "" if nothing is known.
     """
 
     kind: str
@@ -43,6 +47,8 @@ class PublishedRow:
     crop_size: str
     metric_size: int
     source: str
+    host: str
+    note: str
 
 
 @dataclass(frozen=True)
@@ -122,11 +128,11 @@ def _row(line: dict[str, str]) -> PublishedRow:
             raise ValueError(f"{name} is {value:g}, expected percent")
     if not line["metric_size"].isdecimal():
         raise ValueError(f"metric_size {line['metric_size']!r} is no number of pixels, or 0 for that of the images")
-    fields = {
-        name: line[name] for name in ("kind", "method", "setting", "dataset", "item", "encoder", "input_size", "crop_size")
-    }
-    return PublishedRow(**fields, metrics=metrics, metric_size=int(line["metric_size"]), source=line["source"])
+    if line["host"] not in ("", *HOSTS):
+        raise ValueError(f"host {line['host']!r} is none of {' '.join(HOSTS)}")
+    fields = {name: line[name] for name in _TEXTS}
+    return PublishedRow(**fields, metrics=metrics, metric_size=int(line["metric_size"]))
 
 
 def _place(row: PublishedRow) -> tuple[str, ...]:
-    return row.kind, row.method, row.setting, row.dataset, row.item
+    return row.host, row.kind, row.method, row.setting, row.dataset, row.item

@@ -48,8 +48,10 @@ EARLIER_DEFAULTS = {  # of flags that runs from before do not name
     "adam_beta1": 0.9,
     "metric_size": 256,
     "smoothing_border": "zeros",
+    "true_false": "off",
     "interpolation": "bilinear",
     "holdout": 0.0,
+    "schedule": "cosine",
 }
 NOT_A_RUN = ("run.lock", "log.txt", "failures.csv")
 
@@ -114,7 +116,7 @@ class RunFolder:
 
         Raises:
             UserError: it holds a run with another value of an identity key or fact, and `overwrite` is not given or the other
-                run has another CLB stage (a stage never overwrites another).
+                run is of another stage (a stage never overwrites another).
             ResourceError: it cannot be written.
         """
         stored = self.stored_config()
@@ -136,7 +138,7 @@ class RunFolder:
             ]
             if stored.get("clb_stage") != config["clb_stage"]:
                 raise UserError(
-                    f"{str(self.path)!r} holds CLB stage {stored.get('clb_stage')}, this command trains stage "
+                    f"{str(self.path)!r} holds stage {stored.get('clb_stage')}, this command trains stage "
                     f"{config['clb_stage']}; a stage never overwrites another: choose another --save_name"
                 )
             if differences and not overwrite:

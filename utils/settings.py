@@ -4,7 +4,6 @@ import argparse
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from binarize.linear import BinarizationOptions
 from common.errors import UserError
 from datasets.catalog import ListingOptions
 from datasets.transforms import Interpolation
@@ -26,7 +25,7 @@ IDENTITY_KEYS = (
     "encoder", "pos_embed", "input_size", "crop_size", "interpolation", "holdout",
     "clb_stage", "load_checkpoint", "act_bits", "sab", "weight_gradient", "activation_gradient",
     "distill", "distill_teacher", "total_epochs", "total_iters", "batch_size",
-    "learning_rate", "final_learning_rate", "warmup_iters", "weight_decay",
+    "learning_rate", "final_learning_rate", "schedule", "warmup_iters", "weight_decay",
     "optimizer", "adam_beta1", "adam_eps", "gradient_clip", "precision", "seed",
     "skip_bad_images", *(flag for host in HOSTS.values() for flag in (*host.network_flags, *host.training_flags)),
 )  # fmt: skip
@@ -38,6 +37,7 @@ PROTOCOL_KEYS = (
     "smoothing_border",
     "max_ratio",
     "pro_mode",
+    "true_false",
     "scoring",
     "allow_missing_masks",
 )
@@ -75,7 +75,6 @@ class ModelOptions:
     encoder_weights: str | None
     position_embedding: str
     stage: int
-    binarization: BinarizationOptions
     load_checkpoint: str | None
     distillation_weight: float
     distillation_teacher: str | None
@@ -134,7 +133,7 @@ class Settings:
         if not image_count:
             raise UserError(f"{item} has no usable training image left; run `python -m scripts.check_dataset` to see why")
         per_epoch = iterations_per_epoch(image_count, self.training.batch_size, item)
-        total = iterations or epochs * per_epoch
+        total = epochs * per_epoch if iterations is None else iterations
         warmup = warmup_length(total) if self.config["warmup_iters"] is None else self.config["warmup_iters"]
         return replace(self.training, total_iterations=total, warmup=warmup)
 
@@ -210,9 +209,6 @@ def _model_options(arguments: argparse.Namespace) -> ModelOptions:
         encoder_weights=arguments.encoder_weights,
         position_embedding=arguments.pos_embed,
         stage=arguments.clb_stage,
-        binarization=BinarizationOptions(
-            arguments.act_bits, arguments.sab, arguments.weight_gradient, arguments.activation_gradient
-        ),
         load_checkpoint=arguments.load_checkpoint,
         distillation_weight=arguments.distill,
         distillation_teacher=arguments.distill_teacher,
@@ -237,6 +233,7 @@ def _training_options(arguments: argparse.Namespace) -> TrainingOptions:
         log_every=_LOG_EVERY,
         optimizer=arguments.optimizer,
         adam_beta1=arguments.adam_beta1,
+        schedule=arguments.schedule,
     )
 
 
@@ -261,6 +258,8 @@ def _check_combinations(arguments: argparse.Namespace) -> None:
         )
     if 0 < arguments.metric_size < LEAST_METRIC_SIZE:
         raise UserError(f"--metric_size {arguments.metric_size} is less than {LEAST_METRIC_SIZE} and not 0 (the crop's size)")
+    if arguments.total_iters == 0 and HOSTS[arguments.host].binarizes and training:
+        raise UserError("--total_iters 0 trains nothing; give at least 1")
     if arguments.setting != "few" and (getattr(arguments, "shot", None) or getattr(arguments, "per_category", False)):
         raise UserError("--shot and --per_category are for few images; give --setting few with them, or leave them out")
     if arguments.setting == "few" and arguments.holdout:

@@ -22,6 +22,7 @@ from datasets.images import DEFAULT_MAX_PIXELS
 from models.feature_sources import FeatureSource
 from models.patch_description import TEACHER_CHANNELS, PatchDescriptionNetwork
 from utils.checkpoint import atomic_write, load_checkpoint, save_checkpoint
+from utils.devices import autocast
 from utils.distillation_data import ChannelStatistics, DistillationOptions, ImagePairs, NumberedBatches
 from utils.loading import loaded_batches
 from utils.stopping import StopRequest
@@ -153,7 +154,9 @@ class Distillation:
         ):
             for batch in loaded:
                 target = (self.source(batch["large"].to(self.device)) - mean) / std
-                loss = F.mse_loss(self.network(batch["image"].to(self.device)), target)
+                with autocast(self.device, self.options.precision):
+                    output = self.network(batch["image"].to(self.device))
+                loss = F.mse_loss(output.float(), target)
                 self._update(loss, batch["path"])
                 bar.update()
                 bar.set_postfix(loss=f"{self.recent_loss:.4f}")

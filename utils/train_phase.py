@@ -1,23 +1,27 @@
 """The training phase: train, save and evaluate every model of a command that is not finished."""
 
+import json
 import logging
 from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
 
+import torch
 from torch import Tensor
-from torch.utils.data import ConcatDataset, Dataset
+from torch.utils.data import ConcatDataset, Dataset, Subset
 
 from binarize.stages import calibrate
 from common.errors import UserError
 from models.detector import Detector
 from utils.categories import ModelData, log_data
-from utils.checkpoint import save_checkpoint
+from utils.checkpoint import save_checkpoint, write_text
 from utils.detectors import check_referenced_checkpoints, open_checkpoint, start_detector
 from utils.devices import autocast, seed_everything
 from utils.distributed import on_main, only_on_main, world_size
 from utils.experiment import Experiment, count_cost, evaluate_category, log_start, others_go_on, plan
 from utils.loading import loaded_batches
 from utils.logs import log_to_file
-from utils.prepared_data import Places, prepare
+from utils.prepared_data import Places, PreparedData, prepare
 from utils.report import write_run_report
 from utils.result_files import MetricsLog, write_chosen_files
 from utils.results import calibrations_of
@@ -113,15 +117,19 @@ def _train_model(experiment: Experiment, model: ModelData, places: Places) -> No
         detector = experiment.restored(content, path)
         logger.info("%s: already trained, only evaluated (--resume)", model.name)
     else:
+        record = {}
+        if not (settings.resume and (folder / "last.pth").is_file()):  # which holds what was learned before
+            record = _learn_before(experiment, detector, data)
         _fit(experiment, model, detector, data.train, options, data.features)
         with autocast(detector.device, settings.training.precision):
             detector.eval().calibrate(_inputs_of(settings, detector, ConcatDataset(data.normal.values())))
         content = {
             **expected,
+            **record,
             **on_main(lambda: calibrations_of(settings, detector, data.normal, model)),
             "protocol": {key: settings.config[key] for key in PROTOCOL_KEYS},
         }
-        on_main(lambda: save_checkpoint(path, {"model": detector.trained_state(), **content}))
+        on_main(lambda: _save(path, {"model": detector.trained_state(), **content}, record))
     for category in model.categories:
         if category.item not in finished:
             with others_go_on(run, [category.item], alone=len(experiment.wanted) == 1):
@@ -146,6 +154,30 @@ def _open_folder(experiment: Experiment, model: ModelData, detector: Detector) -
         for item, name in chosen:
             logger.info("%s: trains on %s", item, name)
     count_cost(run, detector, settings.data.crop_size)
+
+
+def _learn_before(experiment: Experiment, detector: Detector, data: PreparedData) -> dict:
+    """What the host learns from images before the training; returns what it records of that."""
+    settings = experiment.settings
+    images = [_in_random_order(part, settings.training.seed) for part in (data.train, ConcatDataset(data.normal.values()))]
+    passes = [partial(_inputs_of, settings, detector, part) for part in images]
+    with autocast(detector.device, settings.training.precision):
+        record = experiment.host.prepare(detector, settings.config, *passes)
+    if record:  # the network has another form now
+        on_main(lambda: count_cost(experiment.run, detector, settings.data.crop_size))
+    return record
+
+
+def _in_random_order(images: Dataset, seed: int) -> Dataset:
+    """So that the first of them, which is all that a host may look at, come from every category."""
+    return Subset(images, torch.randperm(len(images), generator=torch.Generator().manual_seed(seed)).tolist())
+
+
+def _save(path: Path, content: dict, record: dict) -> None:
+    """A finished model, after the record of each thing learned before its training as a file that people can read."""
+    for name, facts in record.items():
+        write_text(path.with_name(f"{name}.json"), json.dumps(facts, indent=1) + "\n")
+    save_checkpoint(path, content)
 
 
 def _fit(

@@ -50,6 +50,7 @@ class TrainingOptions:
     log_every: int
     optimizer: str = "stable_adamw"
     adam_beta1: float = 0.9
+    schedule: str = "cosine"
 
 
 class ShuffledBatches(Sampler):
@@ -134,7 +135,7 @@ def fit(
         tqdm(total=options.total_iterations, initial=start, unit="it", disable=None if is_main() else True) as bar,
     ):
         for iteration, batch in enumerate(batches, start):
-            rate = learning_rate(iteration, options.total_iterations, options.warmup, options.peak_rate, options.final_rate)
+            rate = _rate(options, iteration)
             for group in optimizer.param_groups:
                 group["lr"] = rate
             detector.begin_iteration(iteration, options.total_iterations)
@@ -162,6 +163,11 @@ def fit(
         _, stopped = stop.agree(torch.empty(0))
     if stopped:
         raise Interrupted(stopped)
+
+
+def _rate(options: TrainingOptions, iteration: int) -> float:
+    rates = options.peak_rate, options.final_rate
+    return learning_rate(iteration, options.total_iterations, options.warmup, *rates, options.schedule)
 
 
 def _noise_seed(seed: int, iteration: int) -> int:

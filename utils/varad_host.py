@@ -3,9 +3,10 @@
 import argparse
 import logging
 from dataclasses import fields
+from functools import partial
 
 from common.errors import UserError
-from models.build import ENCODERS, build_varad
+from models.build import ENCODERS, build_encoder, build_varad
 from models.detector import Detector
 from models.selective_scan import BACKENDS, describe_backend
 from models.state_space import DIRECTIONS, PRESETS
@@ -214,6 +215,7 @@ VARAD = Host(
     choose_defaults=_choose_varad_defaults,
     build=lambda encoder, config: build_varad(encoder, _varad_options(config)),
     prepare_training=_prepare_varad,
+    build_encoder=partial(build_encoder, taps="thirds"),
     taps="thirds",
     stage_suffixes=("", "-CLB1", "-CLB2"),
     exports_float=True,
