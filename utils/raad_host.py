@@ -11,13 +11,14 @@ from models.build import PDN_ENCODERS
 from models.efficientad import EfficientAD, EfficientADOptions, EfficientADTraining
 from models.teacher import build_teacher
 from quantize.blocks import STRIDE, WINDOW
-from quantize.layers import QuantizationOptions
+from quantize.layers import QuantizationOptions, dequantize_network
 from quantize.reconstruction import ReconstructionOptions
 from utils.host import Config, Host, Passes, fields_of
-from utils.penalty import PenaltyImages
+from utils.penalty import PenaltyImages, names_sha256
 from utils.raad_arguments import (
     BASELINE,
     BASELINE_ITERATIONS,
+    FINETUNE,
     QUANTIZATION_FLAGS,
     QUANTIZE,
     STAGES,
@@ -57,7 +58,7 @@ def _layer_options(config: Config) -> QuantizationOptions:
         range_init=config["range_init"],
         round="adaround" if config["rounding"] == "adaround" else "nearest",
         bias_correction=config["bias_correction"],
-        learn_step=config["rounding"] == "lsq",
+        learn_step=config["rounding"] == "lsq" or config["learn_steps"],
         output_bits=config["output_bits"] or None,
     )
 
@@ -65,6 +66,8 @@ def _layer_options(config: Config) -> QuantizationOptions:
 def _convert(detector: EfficientAD, stage: int, config: Config, state: Mapping[str, Tensor]) -> None:
     if any(".weight_quantizer." in name for name in state):
         restore_structure(detector, _layer_options(config), state)
+    elif stage == FINETUNE and config["finetune"] == "float":
+        dequantize_network(detector.student)
 
 
 def _prepare_training(detector: EfficientAD, config: Config) -> None:
@@ -81,10 +84,14 @@ def _prepare(detector: EfficientAD, config: Config, training: Passes, normal: Pa
     return {}
 
 
+def _training_facts(config: Config) -> dict[str, object]:
+    return {"penalty_images": names_sha256(Path(config["penalty_images"]))} if config["penalty_images"] else {}
+
+
 RAAD = Host(
     name="RAAD",
     network_flags=("map_normalisation",),
-    training_flags=("hard_quantile", "jitter", "penalty_images", "baseline", *QUANTIZATION_FLAGS),
+    training_flags=("hard_quantile", "jitter", "penalty_images", "baseline", "finetune", *QUANTIZATION_FLAGS),
     folder_flags=(),
     add_flags=add_raad_flags,
     defaults={
@@ -131,6 +138,7 @@ RAAD = Host(
     prepare_training=_prepare_training,
     prepare=_prepare,
     convert=_convert,
+    training_facts=_training_facts,
     start_stage=lambda config: BASELINE if config["allocation"] in (None, "none") else config["clb_stage"] - 1,
     stage_flags=QUANTIZATION_FLAGS,
     encoders=tuple(PDN_ENCODERS),
