@@ -89,9 +89,9 @@ def _source(text: str) -> str:
 
 
 def _image_size(text: str) -> int:
-    size = int(text)
-    if size < 64 or size % 4:
-        raise argparse.ArgumentTypeError(f"{text} is no multiple of 4 of at least 64")
+    size = number(int, 64)(text)
+    if size % 4:
+        raise argparse.ArgumentTypeError(f"{text} is no multiple of 4")
     return size
 
 

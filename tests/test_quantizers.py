@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from models.patch_description import PatchConvolution, PatchDescriptionNetwork
 from quantize.layers import (
@@ -344,3 +345,18 @@ def test_what_cannot_be_quantized_is_refused():
         QuantizedConvolution.from_convolution(torch.nn.Conv2d(4, 4, 3, groups=2), 8, NEAREST)
     with pytest.raises(ValueError, match="zip"):
         quantize_network(torch.nn.Sequential(PatchConvolution(3, 4, 4, rectified=True)), [8, 8])
+
+
+def test_ranges_are_searched_on_the_whole_of_maps_of_many_images():
+    """Most pixels of products on a plain ground are ground; a sample at regular places may be nothing else."""
+    network = nn.Sequential(PatchConvolution(1, 1, 1, rectified=False))
+    nn.init.ones_(network[0].weight)
+    quantize_network(network, [8], QuantizationOptions(range_init="search"))
+    images = torch.zeros(256, 1, 64, 64)  # 2048 of the 32768 pixels of each batch of 8 are looked at
+    images[:, :, 20:44, 20:44] = torch.rand(256, 1, 24, 24, generator=torch.Generator().manual_seed(0)) + 4
+    calibrate(network, images, QuantizationOptions(range_init="search"))
+    quantizer = network[0].input_quantizer
+    top = float(quantizer.step * (255 - quantizer.zero_point))
+    _, high = searched_range(images[:8].reshape(1, -1), torch.zeros(1), images.amax().reshape(1), 8, False)
+    assert top == pytest.approx(float(high), rel=0.02)
+    assert top > 4.9

@@ -97,7 +97,9 @@ def _add_allocation_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--bits", nargs="+", type=number(int, 2, 8), metavar="N", help="uniform: one; manual: of each layer but the ends"
     )
-    group.add_argument("--budget", type=number(float, 1), metavar="N", help="effective parameters of teacher and student")
+    group.add_argument(
+        "--budget", type=number(float, 1), metavar="N", help="effective parameters (default: of 4 bits between the ends)"
+    )
     group.add_argument("--share_bits", choices=SHARES, default="pair", help="teacher and student alike, or teacher as its ends")
     group.add_argument("--ends_bits", type=number(int, 2, 8), default=8, help="of first and last layer")
     group.add_argument("--hqs_score", choices=SCORES, default="mse_relative", help="how far a layer's outputs lie apart")
@@ -190,7 +192,10 @@ def _check_allocation(arguments: argparse.Namespace) -> None:
         raise UserError(f"--bits with --allocation {method}, which finds them itself; give --allocation uniform or manual")
     of_scores = arguments.hqs_phi == "budget" and method in ("hqs", "inverted")
     if arguments.budget and not (of_scores or method in ("budget", "ompq", "hawq")):
-        raise UserError(f"--budget with --allocation {method}, which keeps none; give --allocation budget, ompq or hawq")
+        raise UserError(
+            f"--budget with --allocation {method}, which keeps none; give --allocation budget, ompq or hawq, or "
+            "--hqs_phi budget"
+        )
     options, size = allocation_options(vars(arguments)), PDN_ENCODERS[arguments.encoder]
     with torch.device("meta"):  # only counted
         networks = [PatchDescriptionNetwork(size, halves * TEACHER_CHANNELS[size]) for halves in (1, 2)]
@@ -221,6 +226,8 @@ def _check_stages(arguments: argparse.Namespace) -> None:
     if stage == "all" and (start or arguments.test_checkpoint):
         flag = "--load_checkpoint" if start else "--test_checkpoint"
         raise UserError(f"{flag} is a model of one stage and --stage all means several; give that --stage with it")
+    if stage == "baseline" and (arguments.bits or arguments.budget or arguments.autoencoder_bits):
+        raise UserError("--stage baseline quantizes nothing; leave --bits, --budget and --autoencoder_bits out")
     if arguments.baseline and stage == "baseline":
         raise UserError("--baseline names the baseline of another run and --stage baseline trains one; give --save_name alone")
     if arguments.baseline and start not in (None, f"{arguments.baseline.removesuffix('-Baseline')}-Baseline"):

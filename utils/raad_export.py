@@ -58,8 +58,9 @@ class IntegerGraph:
     def describe(self) -> str:
         """Two lines."""
         return (
-            f"ONNX Runtime runs {self.fused} of {self.quantized} quantized convolutions on integers; its maps of noise differ "
-            f"from torch's by {self.difference:.1e} (root mean square), 1 % of activations one step off do by {self.step:.1e}\n"
+            f"ONNX Runtime runs {self.fused} of {self.quantized} quantized convolutions on integers; its maps of noise lie "
+            f"within {self.difference:.1e} of torch's (root mean square), below the {self.step:.1e} of 1 % of activations that "
+            "are one step off\n"
             f"numbers of the model: {self.size.float32_bytes:,} bytes as float32, {self.size.int8_bytes:,} with a byte per "
             f"code, {self.size.packed_bytes:,} with codes packed to their bits; this graph: {self.file_bytes:,} bytes"
         )

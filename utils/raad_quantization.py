@@ -129,7 +129,10 @@ def _normaliser(detector: EfficientAD) -> Callable[[Tensor], Tensor]:
 def _orthogonality(network: PatchDescriptionNetwork, images: Tensor) -> list[float]:
     """OMPQ's theta of each layer, whose maps are averaged to 8 x 8: whole ones of 64 images would take 2 GB a layer."""
     if len(images) < 3:  # two are alike to every layer once their mean is taken away
-        raise UserError("ompq compares what images look like to the layers and needs three of them; give more training images")
+        raise UserError(
+            f"--allocation ompq compares what held-out images look like to the layers and needs three, not {len(images)}; "
+            "give a larger --holdout"
+        )
     device = next(network.parameters()).device
     batches = [
         [F.adaptive_avg_pool2d(output, 8).cpu() for output in network.layer_outputs(batch)] for batch in _to(device, images)
