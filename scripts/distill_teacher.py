@@ -73,7 +73,9 @@ def _check_output(output: Path, resume: bool) -> None:
     if output.suffix != ".safetensors":
         raise UserError(f"--output {str(output)!r} must end in .safetensors; choose such a name")
     if state.is_file() and not resume:
-        raise UserError(f"{str(state)!r} is a distillation already begun; go on with --resume, or choose another --output")
+        raise UserError(
+            f"{str(state)!r} is a distillation already begun; go on with --resume, remove it, or choose another --output"
+        )
     if output.is_file() and not state.is_file():
         raise UserError(f"{str(output)!r} is already there; remove it, or choose another --output")
     check_writable(output)

@@ -209,6 +209,8 @@ def _inputs_of(settings: Settings, detector: Detector, images: Dataset) -> Itera
 
 
 def _describe_training(options: TrainingOptions) -> str:
+    if not options.total_iterations:
+        return "nothing is trained in this stage"
     processes = f" in each of {world_size()} processes" if world_size() > 1 else ""
     return (
         f"{options.total_iterations} iterations of {options.batch_size} images{processes}, warm-up {options.warmup}, "
