@@ -36,7 +36,7 @@ CONTENT = {
     "stage": 2,
     "protocol": {},
     "calibration": {"map_median": 0.0, "map_limit": 1.0},
-    "config": {"input_size": SIDE, "crop_size": SIDE, "map_normalisation": "quantile"},
+    "config": {"input_size": SIDE, "crop_size": SIDE, "map_normalisation": "quantile", "padding": False},
 }
 KINDS = [((8, 4, 2, 8), None, 8), ((3, 7, 5, 2), None, None), ((6, 8, 4, 8), 3, 4)]  # bits, of the autoencoder, of outputs
 

@@ -74,6 +74,11 @@ def _add_network_flags(group: argparse._ArgumentGroup) -> None:
         help="bring both maps to one scale by quantiles on normal images",
     )
     group.add_argument(
+        "--padding",
+        action="store_true",
+        help="zeros around the images, so that maps reach their border; layers are then reconstructed on whole images",
+    )
+    group.add_argument(
         "--hard_quantile",
         type=number(float, 0, 0.999999),
         default=0.999,

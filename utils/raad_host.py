@@ -9,6 +9,7 @@ from torch import Tensor
 
 from models.build import PDN_ENCODERS
 from models.efficientad import EfficientAD, EfficientADOptions, EfficientADTraining
+from models.patch_description import FrozenTeacher
 from models.teacher import build_teacher
 from quantize.blocks import STRIDE, WINDOW
 from quantize.layers import QuantizationOptions, dequantize_network
@@ -33,7 +34,7 @@ _CROP = 65  # of the reconstruction, or the largest that fits
 
 
 def _plan(config: Config) -> QuantizationPlan:
-    crop = min(_CROP, WINDOW + (config["crop_size"] - WINDOW) // STRIDE * STRIDE)
+    crop = None if config["padding"] else min(_CROP, WINDOW + (config["crop_size"] - WINDOW) // STRIDE * STRIDE)
     return QuantizationPlan(
         allocation=allocation_options(config),
         scoring=ScoringOptions(config["hqs_score"], config["hqs_input"], config["hqs_tap"]),
@@ -63,6 +64,11 @@ def _layer_options(config: Config) -> QuantizationOptions:
     )
 
 
+def _build(teacher: FrozenTeacher, config: Config) -> EfficientAD:
+    options = EfficientADOptions(**fields_of(EfficientADOptions, config))
+    return EfficientAD(teacher.with_padding(options.padding), options, config["crop_size"])
+
+
 def _convert(detector: EfficientAD, stage: int, config: Config, state: Mapping[str, Tensor]) -> None:
     if any(".weight_quantizer." in name for name in state):
         restore_structure(detector, _layer_options(config), state)
@@ -90,7 +96,7 @@ def _training_facts(config: Config) -> dict[str, object]:
 
 RAAD = Host(
     name="RAAD",
-    network_flags=("map_normalisation",),
+    network_flags=("map_normalisation", "padding"),
     training_flags=("hard_quantile", "jitter", "penalty_images", "baseline", "finetune", *QUANTIZATION_FLAGS),
     folder_flags=(),
     add_flags=add_raad_flags,
@@ -132,9 +138,7 @@ RAAD = Host(
     },
     check=check_raad,
     choose_defaults=choose_raad_defaults,
-    build=lambda encoder, config: EfficientAD(
-        encoder, EfficientADOptions(map_normalisation=config["map_normalisation"]), config["crop_size"]
-    ),
+    build=_build,
     prepare_training=_prepare_training,
     prepare=_prepare,
     convert=_convert,
