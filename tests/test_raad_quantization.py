@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from models.efficientad import EfficientAD
 from quantize.layers import quantized_layers, set_quantization
 from tests.test_raad_runs import NAME, Runs, bits_of, make_runs
+from tests.test_resume import assert_same
 from utils import raad_quantization
 from utils.detectors import load_detector
 
@@ -280,3 +281,15 @@ def test_a_control_that_is_none_says_so(runs, capsys, monkeypatch):
     content = quantized(runs, "other", "--allocation", "inverted", *FAST)
     assert bits_of(content["model"], "student") == [8, 8, 2, 8]
     assert "very bits" not in capsys.readouterr().err
+
+
+def test_what_is_decided_and_rounded_does_not_depend_on_chance(runs, monkeypatch):
+    first = quantized(runs, "first", "--fisher", "task")
+    decide = raad_quantization.decide_bits
+
+    def decide_after_draws(*arguments):
+        torch.rand(1000)  # as a loader of images draws its seed
+        return decide(*arguments)
+
+    monkeypatch.setattr(raad_quantization, "decide_bits", decide_after_draws)
+    assert_same(quantized(runs, "second", "--fisher", "task")["model"], first["model"])

@@ -65,7 +65,9 @@ def first_images(batches: Iterable[Tensor], count: int) -> Tensor:
 
 
 def quantize_detector(detector: EfficientAD, plan: QuantizationPlan, training: Passes, normal: Passes) -> dict:
-    """Quantize a trained detector in place and learn its teacher's statistics anew; returns the record of what was decided.
+    """Quantize a trained detector in place, which is then in evaluation mode, and learn its teacher's statistics anew.
+
+    Returns the record of what was decided.
 
     Args:
         training: passes over training images, whose first ones calibrate and reconstruct.
@@ -74,6 +76,7 @@ def quantize_detector(detector: EfficientAD, plan: QuantizationPlan, training: P
     Raises:
         UserError, NumericError: as `allocate` and `reconstruct` do.
     """
+    detector.eval()  # the autoencoder's dropout would be in the loss that weighs errors
     decision = decide_bits(detector, plan, normal)
     images = first_images(training(), plan.calibration_images)
     teacher = copy.deepcopy(detector.encoder.network)
