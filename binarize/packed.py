@@ -119,6 +119,8 @@ def _description(content: bytes, name: str) -> dict:
     end = _header_end(content)
     if content[8 : 8 + len(_MARKER)] == _MARKER:
         foreign = UserError(f"model damaged: the header of {name!r} was changed; copy or export it again")
+    elif name.endswith(".onnx"):
+        foreign = UserError(f"not a packed model: {name!r} is for other runtimes; {_EXPORT_HINT}, with --output FILE.binaryad")
     else:
         foreign = UserError(f"not a packed model: {name!r} is no BinaryAD file; {_EXPORT_HINT}")
     if len(content) < 9 or end - 8 > _LARGEST_HEADER or content[8:9] != b"{":

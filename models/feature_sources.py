@@ -170,7 +170,7 @@ def build_feature_source(name: str, channels: int, image_size: int) -> FeatureSo
     else:
         path = EFFICIENTNET_LITE0_FILE if name == EFFICIENTNET_LITE0 else Path(name)
         state, source = read_state_dict(path, "weights of the feature source", "--source")
-    architecture, maps, state = _recognised(state, source)
+    architecture, maps, state = _recognised(state, name)
     return FeatureSource(maps, channels, architecture, source, _load(maps, state, source))
 
 
@@ -189,7 +189,7 @@ def _wide_resnet_weights() -> tuple[dict[str, Tensor], str]:
         ) from error
 
 
-def _recognised(state: dict[str, Tensor], source: str) -> tuple[str, nn.Module, dict[str, Tensor]]:
+def _recognised(state: dict[str, Tensor], named: str) -> tuple[str, nn.Module, dict[str, Tensor]]:
     """Which network a state dict is of: its name, the network without weights, and the tensors under that network's names."""
     state = {name.removeprefix("module."): value for name, value in state.items()}
     with torch.device("meta"):  # draws no random numbers
@@ -200,7 +200,7 @@ def _recognised(state: dict[str, Tensor], source: str) -> tuple[str, nn.Module, 
         if "conv_stem.weight" in state:
             return EFFICIENTNET_LITE0, EfficientNetLiteMaps(), state
     raise UserError(
-        f"unknown feature source: {source} holds weights neither of {EFFICIENTNET_LITE0} nor of {WIDE_RESNET}; give a file "
+        f"unknown feature source: {named!r} holds weights neither of {EFFICIENTNET_LITE0} nor of {WIDE_RESNET}; give a file "
         f"of one of these, or --source {EFFICIENTNET_LITE0}"
     )
 

@@ -121,6 +121,15 @@ class FrozenTeacher(nn.Module):
         """Stay in evaluation mode whatever the surrounding model does."""
         return super().train(False)
 
+    def with_padding(self, padding: bool) -> "FrozenTeacher":
+        """The same weights in a network that pads its images, or does not."""
+        if self.network.padding == padding:
+            return self
+        with torch.device("meta"):  # draws no random numbers
+            network = PatchDescriptionNetwork(self.size, self.network.outputs, padding)
+        network.load_state_dict(self.network.state_dict(), assign=True)
+        return FrozenTeacher(network, self.source, self.weights_sha256)
+
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, S, S) -> (B, C, s, s), as they are: not normalised by channel."""

@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
+from models.efficientad import EfficientAD
+
 FLOAT_BITS = 32
 _CODE_BITS = 8  # of the widest integer code, and of every code in an integer graph
 _SCALE_BYTES = _BIAS_BYTES = 4  # float32; int32 or float32
@@ -102,6 +104,11 @@ def _layer_bytes(size: LayerSize, packed: bool) -> int:
     if not 1 <= size.bits <= _CODE_BITS:
         raise ValueError(f"a convolution of {size.bits} bits has no integer form of at most {_CODE_BITS} bits")
     return size.integer_bytes(size.bits if packed else _CODE_BITS)
+
+
+def size_of(detector: EfficientAD) -> DetectorSize:
+    """As `detector_size`, of a detector as it is."""
+    return detector_size(*map(layer_sizes, (detector.teacher, detector.student, detector.autoencoder)))
 
 
 def detector_size(teacher: Sequence[LayerSize], student: Sequence[LayerSize], autoencoder: Sequence[LayerSize]) -> DetectorSize:

@@ -109,7 +109,8 @@ def _check_options(options: AllocationOptions, layers: int) -> None:
         raise UserError(f"choices of bits must be two or more in ascending order, not {list(options.choices)}")
     numbers, expected = len(options.bits), {"manual": layers - 2, "uniform": 1}.get(options.method)
     if expected not in (None, numbers):
-        raise UserError(f"{options.method} allocation takes {expected} numbers of bits (ends are pinned), not {numbers}")
+        wanted = "one number" if expected == 1 else f"{expected} numbers, one per layer between the ends"
+        raise UserError(f"{options.method} allocation takes {wanted} (--bits), not {numbers}")
     edges, steps = _edges(options), len(options.choices) - 1
     if options.phi in _EDGES and options.method in ("hqs", "inverted") and (len(edges) != steps or edges != sorted(edges)):
         raise UserError(f"{steps + 1} choices of bits need {steps} ascending edges, not {edges}")
@@ -176,7 +177,8 @@ def best_within_budget(
     if fewest > budget_bits:
         raise UserError(
             f"the budget leaves {budget_bits / _EFFECTIVE:,.0f} effective parameters to all layers but the ends, which need "
-            f"{fewest / _EFFECTIVE:,.0f} at {choices[0]} bits: raise the budget or allow fewer bits"
+            f"{fewest / _EFFECTIVE:,.0f} at {choices[0]} bits: raise the budget (--budget) by "
+            f"{math.ceil((fewest - budget_bits) / _EFFECTIVE):,} or more"
         )
     if len(choices) ** len(parameters) <= _MOST_COMBINATIONS:
         picks = _best_of_all(values, parameters, choices, budget_bits)

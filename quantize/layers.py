@@ -137,15 +137,22 @@ def quantize_network(network: nn.Module, bits: Sequence[int], options: Quantizat
         setattr(network.get_submodule(path), attribute, quantized)
 
 
+@torch.no_grad()
+def dequantize_network(network: nn.Module) -> None:
+    """Replace the quantized convolutions of a network by float ones with the rounded weights."""
+    for parent in list(network.modules()):
+        for name, layer in parent.named_children():
+            if isinstance(layer, QuantizedConvolution):
+                numbers = layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding
+                convolution = PatchConvolution(*numbers, rectified=layer.rectified).to(layer.weight)
+                convolution.weight.copy_(layer.quantized_weight())
+                convolution.bias.copy_(layer.bias)
+                setattr(parent, name, convolution.train(layer.training))
+
+
 def quantized_layers(network: nn.Module) -> list[QuantizedConvolution]:
     """All quantized convolutions in the order of the network."""
     return [module for module in network.modules() if isinstance(module, QuantizedConvolution)]
-
-
-def step_parameters(network: nn.Module) -> list[nn.Parameter]:
-    """Steps that are trained: without weight decay, which would draw them to 1."""
-    steps = [module.log_step for module in network.modules() if isinstance(module, UniformQuantizer)]
-    return [step for step in steps if step.requires_grad]
 
 
 def set_quantization(network: nn.Module, enabled: bool) -> None:
@@ -187,12 +194,14 @@ class _Observer:
 
     def __init__(self, sample: int):
         self.sample, self.low, self.high, self.samples = sample, [], [], []
+        self.generator = torch.Generator().manual_seed(0)
 
     def add(self, values: Tensor) -> None:
         low, high = torch.aminmax(values)
         self.low.append(low)
         self.high.append(high)
-        self.samples.append(values.flatten()[:: -(-values.numel() // self.sample)].clone())  # a view would keep all
+        picks = torch.randint(values.numel(), (self.sample,), generator=self.generator)  # every n-th would keep to few pixels
+        self.samples.append(values.flatten()[picks.to(values.device)] if values.numel() > self.sample else values.flatten())
 
     def fit(self, quantizer: UniformQuantizer, method: RangeMethod) -> None:
         extent = torch.stack(self.low).amin(), torch.stack(self.high).amax()

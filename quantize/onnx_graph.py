@@ -12,7 +12,7 @@ from quantize.layers import QuantizedConvolution
 from quantize.quantizers import UniformQuantizer
 
 _TOP = 255  # the largest code of one byte
-_WEIGHT_BITS = 7  # that the codes of narrower weights are stretched to
+_WEIGHT_BITS = 6  # that codes of fewer bits are stretched to: with more, sums of two products may exceed 16 bits (see README)
 _LARGEST_BIAS = 2**30
 
 
@@ -140,7 +140,7 @@ def _windows(maps: Tensor, kernel: tuple[int, int], stride: tuple[int, int]) -> 
 def byte_codes(layer: QuantizedConvolution, least_step: Tensor) -> tuple[Tensor, Tensor]:
     """Integers -128 ... 127 in the shape of a layer's weights and a step per output channel, whose product the weights are.
 
-    Codes of less than 7 bits are multiplied by a power of two and their step divided by it, which is exact: biases are
+    Codes of less than 6 bits are multiplied by a power of two and their step divided by it, which is exact: biases are
     integers in units of the steps, and those of few bits would be too coarse for them. A step that is below `least_step`
     (out,) becomes that; only that of weights which vanish beside their bias is.
     """

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 RangeMethod = Literal["minmax", "search"]
-RANGE_METHODS: tuple[RangeMethod, ...] = ("minmax", "search")
 _SMALLEST_STEP = 1e-8
 _SHRINK_FACTORS = [1 - index / 100 for index in range(80)]  # 1.00 ... 0.21, of the range search
 _SEARCH_EXPONENT = 2.4  # of the errors that the search sums

@@ -7,6 +7,7 @@ stride they give the very features of the whole image.
 """
 
 import copy
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from common.errors import NumericError, UserError
 from quantize.blocks import ACTIVATION_EXPONENT, BATCH, SMALLEST_SCALE, Block, GradientLoss, draw_crops, gather, output_distance
 from quantize.layers import QuantizationOptions, QuantizedConvolution, calibrate, quantized_layers, set_quantization
 from quantize.quantizers import AdaptiveRounding
+
+logger = logging.getLogger(__name__)
 
 FISHER = ("none", "task", "output")
 
@@ -203,6 +206,15 @@ def reconstruct(
             if bias_correction:
                 _correct_bias(layer, block)
             errors.append(LayerError(layer.bits, nearest, _relative_error(layer, block)))
+            logger.info(
+                "%s: layer %d of %d, %d bits, error %.2e rounded to nearest, %.2e reconstructed",
+                description,
+                index + 1,
+                len(layers),
+                layer.bits,
+                nearest,
+                errors[-1].reconstructed,
+            )
     network.train(training)
     return errors
 

@@ -20,14 +20,14 @@ from torch import Tensor
 from models.build import PDN_ENCODERS, check_sizes
 from models.efficientad import EfficientAD, EfficientADOptions
 from models.teacher import RANDOM_TEACHER, build_teacher
-from quantize.accounting import detector_size, layer_sizes
+from quantize.accounting import size_of
 from quantize.allocation import AllocationOptions
 from quantize.layers import QuantizationOptions
-from quantize.onnx_graph import means_as_convolutions, use_integers
 from quantize.reconstruction import ReconstructionOptions
 from utils.command import run_command
 from utils.converters import number
 from utils.onnx_export import check_packages, maps_of, traced
+from utils.raad_export import integer_graph
 from utils.raad_quantization import QuantizationPlan, ScoringOptions, quantize_detector
 from utils.tables import format_rows
 from utils.timing import describe_machine, interleaved_medians
@@ -61,13 +61,6 @@ def quantized(detector: EfficientAD, bits: int, autoencoder_bits: int | None, si
     return detector.eval()
 
 
-def integer_graph(detector: EfficientAD, side: int) -> bytes:
-    """What `scripts.export` writes, without its comparison."""
-    integers = copy.deepcopy(detector)
-    use_integers(integers)
-    return means_as_convolutions(traced(integers, side))
-
-
 def variants_of(detector: EfficientAD, bits: int, side: int) -> list[Variant]:
     """The float detector and two quantized ones, each in torch and in ONNX Runtime."""
     variants = [
@@ -92,7 +85,7 @@ def _in_onnx_runtime(name: str, detector: EfficientAD, graph: bytes) -> Variant:
 
 def _bytes(detector: EfficientAD, packed: bool) -> int:
     """With codes packed to their bits, as a packed file has them, or with a byte per code, as the graph has them."""
-    size = detector_size(*map(layer_sizes, (detector.teacher, detector.student, detector.autoencoder)))
+    size = size_of(detector)
     return size.packed_bytes if packed else size.int8_bytes
 
 

@@ -73,7 +73,9 @@ def _check_output(output: Path, resume: bool) -> None:
     if output.suffix != ".safetensors":
         raise UserError(f"--output {str(output)!r} must end in .safetensors; choose such a name")
     if state.is_file() and not resume:
-        raise UserError(f"{str(state)!r} is a distillation already begun; go on with --resume, or choose another --output")
+        raise UserError(
+            f"{str(state)!r} is a distillation already begun; go on with --resume, remove it, or choose another --output"
+        )
     if output.is_file() and not state.is_file():
         raise UserError(f"{str(output)!r} is already there; remove it, or choose another --output")
     check_writable(output)
@@ -89,9 +91,9 @@ def _source(text: str) -> str:
 
 
 def _image_size(text: str) -> int:
-    size = int(text)
-    if size < 64 or size % 4:
-        raise argparse.ArgumentTypeError(f"{text} is no multiple of 4 of at least 64")
+    size = number(int, 64)(text)
+    if size % 4:
+        raise argparse.ArgumentTypeError(f"{text} is no multiple of 4")
     return size
 
 

@@ -27,7 +27,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, required=True, help="model.pth of a training")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE.binaryad|FILE.onnx")
-    parser.add_argument("--encoder_weights", metavar="FILE", help="the training's encoder weights, if it was given some")
+    parser.add_argument(
+        "--encoder_weights", "--teacher_weights", metavar="FILE", help="the training's encoder weights, if it was given some"
+    )
     packed = parser.add_argument_group("packed file", "precisions are for binary models: RAAD is quantized to bits of its own")
     packed.add_argument("--encoder_precision", choices=ENCODER_PRECISIONS, help="default int8")
     packed.add_argument(

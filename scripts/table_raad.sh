@@ -9,7 +9,9 @@ raad_usage() {
 RAAD's tables: one model per category at 256 px. The baseline of a data set is trained once and shared by all tables.
 
 usage: bash scripts/table_raad.sh 1|2|3|4|9 DATA_ROOT [TEACHER]
-       DATASETS=MVTec-AD ITEMS=bottle ITERS=10 bash scripts/table_raad.sh 3 ./datasets random          # smoke run
+       # a smoke run in about a minute:
+       DATASETS=MVTec-AD ITEMS=bottle ITERS=2 ENCODER=pdn_tiny IMAGE_SIZE=64 VARIANTS="float hqs" \\
+           EXTRA="--recon_crops 8 --calibration_images_count 8" bash scripts/table_raad.sh 3 ./datasets random
 
   table  data sets                  variants of the baseline
 $(for table in "${all_tables[@]}"; do printf '  %-6s %-26s %s\n' "$table" "${datasets_of[$table]}" "${variants_of[$table]}"; done)
@@ -26,7 +28,7 @@ From the environment:
   DATASETS         instead of the table's                 ITEMS   categories, all by default
   VARIANTS         instead of the table's; also ompq hawq random inverted
   IMAGE_SIZE       256                                    ITERS   iterations of everything, instead of the paper's
-  ENCODER          pdn_small, pdn_medium                  SEEDS="1"
+  ENCODER          pdn_small, pdn_medium, pdn_tiny        SEEDS="1"
   SAVE_DIR         ./saved_results, with ITERS a folder of its own in it
   PYTHON           python
   EXTRA            further flags of the training script, but for --save_dir, --save_name, --seed, --baseline and those of

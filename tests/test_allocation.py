@@ -373,8 +373,8 @@ def test_an_allocation_is_plain_data():
         ({"choices": (8, 4)}, "ascending order"),
         ({"choices": (4, 8)}, "need 1 ascending edges"),
         ({"edges": (2, 1, 3)}, "need 3 ascending edges"),
-        ({"method": "manual", "bits": (8, 4, 4, 8)}, "takes 2 numbers of bits .*not 4"),
-        ({"method": "uniform"}, "takes 1 numbers of bits"),
+        ({"method": "manual", "bits": (8, 4, 4, 8)}, "takes 2 numbers, .*not 4"),
+        ({"method": "uniform"}, "takes one number"),
         ({"method": "hawq"}, "Omega of 4 layers at 4 choices"),
     ],
 )

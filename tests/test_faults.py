@@ -183,7 +183,7 @@ def test_stage_2_needs_a_stage_1_model(fails, train, tmp_path, mvtec):
     name = "INP-Former-Single-Class-FP"
     message = fails("--clb_stage", "2", "--load_checkpoint", name, data=mvtec)
     assert "needs a model of CLB stage 1" in message
-    assert "of stage 0" in message
+    assert "is of CLB stage 0" in message
     model = str(run_folder(tmp_path, name) / "bottle" / "model.pth")
     message = fails("--clb_stage", "1", "--load_checkpoint", model, "--INP_num", "4", data=mvtec)
     assert "INP_num: expected 4, found 6" in message

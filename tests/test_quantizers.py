@@ -2,11 +2,13 @@
 
 import copy
 import io
+from typing import get_args
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from models.patch_description import PatchConvolution, PatchDescriptionNetwork
 from quantize.layers import (
@@ -16,10 +18,9 @@ from quantize.layers import (
     quantization_off,
     quantize_network,
     quantized_layers,
-    step_parameters,
     window_means,
 )
-from quantize.quantizers import RANGE_METHODS, AdaptiveRounding, UniformQuantizer, searched_range, uniform_grid
+from quantize.quantizers import AdaptiveRounding, RangeMethod, UniformQuantizer, searched_range, uniform_grid
 
 EVERY_BITS = pytest.mark.parametrize("bits", [2, 3, 4, 8])
 EVERY_FORM = pytest.mark.parametrize("symmetric", [False, True])
@@ -250,7 +251,7 @@ def test_only_rectified_layers_quantize_what_they_give():
     assert [layer.output_quantizer for layer in quantized_layers(without)] == [None] * 4
 
 
-@pytest.mark.parametrize("method", RANGE_METHODS)
+@pytest.mark.parametrize("method", get_args(RangeMethod))
 def test_ranges_are_those_of_the_float_network(method):
     network = quantized_of(options=QuantizationOptions(range_init=method, round="nearest"))
     inputs = images_of()
@@ -299,7 +300,7 @@ def test_fine_tuning_moves_weights_and_steps_only_if_they_are_learned(learn_step
         assert (layer.weight.grad == 1).all()
     network.zero_grad()
     network(images_of()).square().sum().backward()
-    steps = step_parameters(network)
+    steps = [step for name, step in network.named_parameters() if name.endswith("log_step") and step.requires_grad]
     assert len(steps) == (4 + 4 + 3 if learn_step else 0)
     assert all(step.grad.abs().sum() > 0 for step in steps)
 
@@ -344,3 +345,18 @@ def test_what_cannot_be_quantized_is_refused():
         QuantizedConvolution.from_convolution(torch.nn.Conv2d(4, 4, 3, groups=2), 8, NEAREST)
     with pytest.raises(ValueError, match="zip"):
         quantize_network(torch.nn.Sequential(PatchConvolution(3, 4, 4, rectified=True)), [8, 8])
+
+
+def test_ranges_are_searched_on_the_whole_of_maps_of_many_images():
+    """Most pixels of products on a plain ground are ground; a sample at regular places may be nothing else."""
+    network = nn.Sequential(PatchConvolution(1, 1, 1, rectified=False))
+    nn.init.ones_(network[0].weight)
+    quantize_network(network, [8], QuantizationOptions(range_init="search"))
+    images = torch.zeros(256, 1, 64, 64)  # 2048 of the 32768 pixels of each batch of 8 are looked at
+    images[:, :, 20:44, 20:44] = torch.rand(256, 1, 24, 24, generator=torch.Generator().manual_seed(0)) + 4
+    calibrate(network, images, QuantizationOptions(range_init="search"))
+    quantizer = network[0].input_quantizer
+    top = float(quantizer.step * (255 - quantizer.zero_point))
+    _, high = searched_range(images[:8].reshape(1, -1), torch.zeros(1), images.amax().reshape(1), 8, False)
+    assert top == pytest.approx(float(high), rel=0.02)
+    assert top > 4.9

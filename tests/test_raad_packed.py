@@ -2,6 +2,7 @@
 
 import copy
 import csv
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,7 @@ from models.teacher import build_teacher
 from quantize.accounting import detector_size, layer_sizes
 from quantize.layers import QuantizationOptions, calibrate, quantize_network, quantized_layers
 from quantize.packed_codes import pack_codes, unpack_codes
-from scripts import benchmark, evaluate, export, predict
+from scripts import benchmark, evaluate, export, predict, report
 from tests.miniature import make_mvtec
 from tests.test_packed import plain_read, rewritten
 from utils import raad_export
@@ -35,7 +36,7 @@ CONTENT = {
     "stage": 2,
     "protocol": {},
     "calibration": {"map_median": 0.0, "map_limit": 1.0},
-    "config": {"input_size": SIDE, "crop_size": SIDE, "map_normalisation": "quantile"},
+    "config": {"input_size": SIDE, "crop_size": SIDE, "map_normalisation": "quantile", "padding": False},
 }
 KINDS = [((8, 4, 2, 8), None, 8), ((3, 7, 5, 2), None, None), ((6, 8, 4, 8), 3, 4)]  # bits, of the autoencoder, of outputs
 
@@ -322,6 +323,31 @@ def test_the_benchmark_of_binary_networks_refuses_it(file, tmp_path, capsys):
     path.write_bytes(file)
     assert benchmark.main(["--model", str(path)]) == 2
     assert "is a model of RAAD, whose parts have no such tables" in capsys.readouterr().err
+
+
+def test_a_graph_for_other_runtimes_is_called_that(tmp_path, capsys):
+    path = tmp_path / "model.onnx"
+    path.write_bytes(b"8" * 100)
+    photos = make_mvtec(tmp_path / "data")
+    assert predict.main(["--model", str(path), "--input", str(photos), "--output", str(tmp_path / "out")]) == 2
+    assert "model.onnx' is for other runtimes; `python -m scripts.export` makes one" in capsys.readouterr().err
+
+
+def test_reports_name_the_stages_and_time_them(runs, tmp_path):
+    folders = [model_of(runs, suffix).parent.parent for suffix in ("-Baseline", "-Quantized", "")]
+    for folder, stage in zip(folders, ("baseline", "quantize", "finetune"), strict=True):
+        assert f"RAAD · stage {stage} · pdn_tiny" in (folder / "report.html").read_text()
+    page = tmp_path / "page.html"
+    assert report.main([*map(str, folders), "--measure", "--repeats", "1", "--html", str(page)]) == 0
+    timings = [json.loads((folder / "timing.json").read_text()) for folder in folders]
+    simulated = "torch, quantization simulated (scripts.benchmark_raad)"
+    assert [timing["engine"] for timing in timings] == ["torch float32", simulated, simulated]
+    assert all(timing["milliseconds"] > 0 for timing in timings)
+    assert "effective parameters" in page.read_text()
+    (folders[1] / "bottle" / "quantization.json").rename(tmp_path / "record")
+    assert report.main([*map(str, folders), "--html", str(page)]) == 0
+    assert "effective parameters" not in page.read_text()
+    (tmp_path / "record").rename(folders[1] / "bottle" / "quantization.json")
 
 
 def test_a_float_model_has_no_such_file(runs, tmp_path, capsys):

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from models.efficientad import EfficientAD
 from quantize.layers import quantized_layers, set_quantization
 from tests.test_raad_runs import NAME, Runs, bits_of, make_runs
+from tests.test_resume import assert_same
+from utils import raad_quantization
 from utils.detectors import load_detector
 
 FAST = ("--rounding", "nearest", "--range_init", "minmax")  # where bits are all that matters
@@ -248,3 +250,46 @@ def test_layers_are_quantized_in_float32_whatever_the_training_computes_in(runs)
     for name, value in models[0].items():
         if "weight_quantizer" in name or name.endswith(".weight"):
             assert torch.equal(value, models[1][name]), name
+
+
+def test_finetuning_as_float_starts_from_the_rounded_weights_and_stays_float(runs):
+    before, after = trained(runs, "literal-float", "--rounding", "nearest", "--finetune", "float", "--finetune_iters", "1")
+    assert bits_of(after["model"], "student") == []
+    assert bits_of(after["model"], "quantized_teacher") == bits_of(before["model"], "student")
+    for layer in range(1, 5):
+        weight = f"student.conv{layer}.weight"
+        rounded = on_grid(before["model"][weight].double(), before["model"], f"student.conv{layer}.weight_quantizer")
+        moved = (after["model"][weight].double() - rounded).abs()  # one step of Adam, of at most about its learning rate
+        assert 0 < moved.max() < 1.1e-5
+    detector, _ = load_detector(runs.folder("literal-float") / "bottle" / "model.pth", None)  # the teacher of the training
+    assert not quantized_layers(detector.student)
+    assert len(quantized_layers(detector.teacher)) == 4
+
+
+def test_steps_are_learned_behind_a_learned_rounding_if_that_is_wanted(runs):
+    before, after = trained(runs, "steps", "--learn_steps", "--allocation", "uniform", "--bits", "4")
+    names = [name for name in before["model"] if name.startswith("student.") and name.endswith(".log_step")]
+    assert len(names) == 4 + 4 + 3
+    assert not any(torch.equal(before["model"][name], after["model"][name]) for name in names)
+
+
+def test_a_control_that_is_none_says_so(runs, capsys, monkeypatch):
+    monkeypatch.setattr(raad_quantization, "layer_scores", lambda pairs, kind: [1.0, 1.0, 1.0, 1.0])
+    quantized(runs, "same", "--allocation", "inverted", *FAST)
+    assert "this control has the very bits of --allocation hqs" in capsys.readouterr().err
+    monkeypatch.setattr(raad_quantization, "layer_scores", lambda pairs, kind: [1.0, 0.1, 3.0, 1.0])
+    content = quantized(runs, "other", "--allocation", "inverted", *FAST)
+    assert bits_of(content["model"], "student") == [8, 8, 2, 8]
+    assert "very bits" not in capsys.readouterr().err
+
+
+def test_what_is_decided_and_rounded_does_not_depend_on_chance(runs, monkeypatch):
+    first = quantized(runs, "first", "--fisher", "task")
+    decide = raad_quantization.decide_bits
+
+    def decide_after_draws(*arguments):
+        torch.rand(1000)  # as a loader of images draws its seed
+        return decide(*arguments)
+
+    monkeypatch.setattr(raad_quantization, "decide_bits", decide_after_draws)
+    assert_same(quantized(runs, "second", "--fisher", "task")["model"], first["model"])

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 import Binary_INP_Single_Class
 import RAAD
+from common.errors import UserError
 from datasets.images import load_image
 from datasets.transforms import IMAGENET_MEAN, IMAGENET_STD, image_transform
 from models.efficientad import EfficientAD
@@ -143,11 +144,12 @@ def test_each_stage_alone_gives_what_all_together_give(runs):
         assert_same(runs.model(f"alone{suffix}")["model"], runs.model(NAME + suffix)["model"])
 
 
-def test_an_interrupted_training_resumes_to_the_same_models(runs, monkeypatch):
+def test_an_interrupted_training_resumes_to_the_same_models(runs, monkeypatch, capsys):
     flags = ("--stage", "all", "--save_name", "parts", *runs.penalty)
     with monkeypatch.context() as patch:
         stop_after(patch, 2)
         assert runs.call(*flags) == 130
+    assert "stopped in stage baseline; the same command with --resume goes on, from" in capsys.readouterr().err
     assert load_checkpoint(runs.folder("parts-Baseline") / "bottle" / "last.pth")["iteration"] == 2
     with monkeypatch.context() as patch:
         stop_after(patch, 2 + 3)  # two that the baseline lacks
@@ -238,6 +240,42 @@ def test_penalty_images_are_the_middle_of_images_and_some_are_grey(tmp_path):
     assert torch.equal(penalty(200), drawn)
 
 
+def test_a_training_belongs_to_its_penalty_images(tmp_path, monkeypatch, capsys):
+    runs = make_runs(tmp_path)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2)
+        assert runs.call("--stage", "baseline", *runs.penalty) == 130
+    (tmp_path / "other" / "one_more.png").write_bytes((tmp_path / "other" / "part0" / "image.png").read_bytes())
+    assert runs.call("--stage", "baseline", *runs.penalty, "--resume") == 2
+    assert "penalty images whose names have the sha256" in capsys.readouterr().err
+    (tmp_path / "other" / "one_more.png").unlink()
+    assert runs.call("--stage", "baseline", *runs.penalty, "--resume") == 0
+
+
+def test_penalty_images_that_cannot_be_read_are_left_out_unless_none_can(tmp_path, caplog):
+    save(tmp_path / "good.png", np.full((40, 40, 3), 90, np.uint8))
+    (tmp_path / "bad.png").write_bytes(b"no picture")
+    penalty = PenaltyImages(tmp_path, 32)
+    torch.manual_seed(0)
+    assert penalty(20).shape == (20, 3, 32, 32)
+    assert "left out of --penalty_images" in caplog.text
+    assert "bad.png" in caplog.text
+    (tmp_path / "good.png").write_bytes(b"no picture either")
+    with pytest.raises(UserError, match="png"):
+        penalty(1)
+
+
+def test_a_resumed_run_counts_its_bits_again(runs):
+    flags = ("--stage", "quantize", "--save_name", "counted", "--baseline", NAME, "--rounding", "nearest", *runs.penalty)
+    assert runs.call(*flags) == 0
+    folder = runs.folder("counted-Quantized")
+    cost = (folder / "cost.json").read_bytes()
+    assert json.loads(cost)["student"]["saved_bits"] > 0
+    (folder / "results.csv").unlink()
+    assert runs.call(*flags, "--resume") == 0
+    assert (folder / "cost.json").read_bytes() == cost
+
+
 def seen_images(monkeypatch) -> dict[str, list]:
     """Paths that `fit` trains on, and images that the quantization and the calibration of maps are given."""
     seen: dict[str, list] = {"trained": [], "calibrating": [], "normal": []}
@@ -325,12 +363,17 @@ def test_validation_images_serve_other_networks_with_their_features_cached(tmp_p
         (("--stage", "quantize", "--save_name", "new"), "no model for 'new-Baseline'"),
         (("--stage", "finetune", "--save_name", "new"), "no model for 'new-Quantized'"),
         (("--stage", "quantize", "--allocation", "none"), "has nothing to do"),
+        (("--allocation", "none", "--finetune", "float"), "where all is float"),
+        (("--stage", "baseline", "--bits", "4"), "--stage baseline quantizes nothing"),
         (("--allocation", "none", "--autoencoder_bits", "4"), "--allocation none quantizes nothing"),
-        (("--allocation", "uniform"), "uniform allocation takes 1 numbers of bits"),
-        (("--allocation", "manual", "--bits", "4"), "manual allocation takes 2 numbers of bits"),
+        (("--allocation", "uniform"), "uniform allocation takes one number (--bits)"),
+        (
+            ("--allocation", "manual", "--bits", "4"),
+            "manual allocation takes 2 numbers, one per layer between",
+        ),
         (("--bits", "4"), "--bits with --allocation hqs, which finds them itself"),
         (("--allocation", "uniform", "--bits", "4", "--budget", "30000"), "--budget with --allocation uniform"),
-        (("--allocation", "budget", "--budget", "21000"), "raise the budget or allow fewer bits"),
+        (("--allocation", "budget", "--budget", "21000"), "raise the budget (--budget) by "),
         (("--stage", "finetune", "--rounding", "nearest", "--overwrite"), "rounding: expected 'nearest', found 'adaround'"),
         (("--stage", "finetune", "--hqs_phi", "rank", "--overwrite"), "hqs_phi: expected 'rank', found 'ratio'"),
         (("--stage", "quantize", "--holdout", "0.5", "--overwrite"), "may have seen images that are held out now"),

@@ -1,9 +1,8 @@
-"""What quantized networks weigh as RAAD's table 4 counts it, from the records in their checkpoints."""
+"""What quantized networks weigh as RAAD's table 4 counts it, from the records beside the models."""
 
+import json
 import statistics
 from pathlib import Path
-
-import torch
 
 from common.errors import UserError
 from utils.comparison import Section
@@ -15,7 +14,7 @@ def quantization_notes(section: Section) -> list[str]:
     notes = []
     for label, group in section.labelled_groups:
         folders = {training_folder(folder) for part in group.parts for folder in part.run.folders}
-        sizes = [size for folder in sorted(folders) for size in _sizes(folder)] if group.stage == 1 else []
+        sizes = [size for folder in sorted(folders) for size in _sizes(folder)]
         if sizes:
             pair, whole = (
                 statistics.fmean(size[name] for size in sizes) / 1e6 for name in ("effective_teacher_student", "effective_all")
@@ -28,16 +27,10 @@ def quantization_notes(section: Section) -> list[str]:
 
 
 def _sizes(folder: Path) -> list[dict]:
-    """Sizes of all quantized models in a run folder."""
-    records = [_record(path) for path in sorted(folder.rglob("model.pth"))]
-    return [record["size"] for record in records if record]
-
-
-def _record(path: Path) -> dict | None:
-    """What the quantization decided, read without the tensors."""
+    """Sizes of all models that were quantized in a run folder; none in those of other stages and networks."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True).get("quantization")
-    except (OSError, RuntimeError, ValueError, AttributeError) as error:
+        return [json.loads(path.read_text(encoding="utf-8"))["size"] for path in sorted(folder.rglob("quantization.json"))]
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"checkpoint damaged: {str(path)!r} cannot be read ({type(error).__name__}); use another copy or train again"
+            f"record damaged: a quantization.json in {str(folder)!r} cannot be read ({error!r}); remove it, or train again"
         ) from error

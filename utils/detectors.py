@@ -8,11 +8,12 @@ import torch
 from common.errors import UserError
 from models.detector import Detector
 from models.encoder import FrozenEncoder
+from models.teacher import RANDOM_TEACHER
 from utils.categories import ModelData
 from utils.checkpoint import load_checkpoint
 from utils.host import Host
 from utils.hosts import HOSTS
-from utils.run_folder import EARLIER_DEFAULTS
+from utils.run_folder import EARLIER_DEFAULTS, RunFolder
 from utils.settings import ModelOptions, Settings
 
 logger = logging.getLogger(__name__)
@@ -81,6 +82,10 @@ def open_checkpoint(path: Path, expected: dict, stages: tuple[int, ...], purpose
         else f"{key}: expected {wanted[key]!r}, found {found.get(key)!r}"
         for key in differing
     ]
+    if "encoder_sha256" in differing:
+        differences.append("give the weights that it was trained with, or train it again with these")
+    elif differing and content["stage"] > 0:
+        differences.append("give what it was trained with, or train the stage before with these values first")
     if differences:
         raise UserError(f"wrong model: {str(path)!r} does not fit this command; {'; '.join(differences)}")
     return content
@@ -110,13 +115,24 @@ def load_detector(path: Path, encoder_weights: str | None) -> tuple[Detector, di
     if content.get("host") not in HOSTS:
         raise UserError(f"unknown host: {str(path)!r} holds a {content.get('host')!r}, known are {' '.join(HOSTS)}")
     host = HOSTS[content["host"]]
-    encoder = host.build_encoder(content["encoder"], config["crop_size"], encoder_weights, config["pos_embed"])
+    weights = encoder_weights or _weights_of_training(path)
+    encoder = host.build_encoder(content["encoder"], config["crop_size"], weights, config["pos_embed"])
     if encoder.weights_sha256 != content["encoder_sha256"]:
         raise UserError(
             f"wrong encoder: {str(path)!r} was trained on {content['encoder']} of sha256 {content['encoder_sha256'][:16]}, "
             f"{encoder.source} has {encoder.weights_sha256[:16]}; give --encoder_weights FILE with the weights of the training"
         )
     return restore_detector(content, path, encoder, host).eval(), content
+
+
+def _weights_of_training(checkpoint: Path) -> str | None:
+    """The file that the training was given, if it is still there (or `random`), from the settings in its run folder."""
+    for folder in checkpoint.parents[:2]:  # of one model of all categories, of a model of one
+        stored = RunFolder(folder).stored_config() or {}
+        named = stored.get("encoder_weights")
+        if named and (named == RANDOM_TEACHER or Path(named).is_file()):
+            return named
+    return None
 
 
 def start_detector(settings: Settings, model: ModelData, encoder: FrozenEncoder, host: Host, device: torch.device) -> Detector:

@@ -45,6 +45,7 @@ class Host:
         prepare_training: give a detector the training flags of a config.
         prepare: detector, config, passes over the training images, over held-out ones (if none, the same) -> what a run should
             record of what the detector learned from them before the training (plain values, by name).
+        training_facts: config -> what a run's training depends on besides its configuration, by name.
         start_stage: config -> stage of the checkpoint that a training goes on from.
         stage_flags: flags that checkpoints of stage 1 and 2 must share with the command that goes on from them.
         encoders: values of `--encoder`.
@@ -69,6 +70,7 @@ class Host:
     build: Callable[[nn.Module, Config], Detector]
     prepare_training: Callable[[Detector, Config], None]
     prepare: Callable[[Detector, Config, Passes, Passes], Config] = _prepare
+    training_facts: Callable[[Config], dict[str, object]] = lambda config: {}
     start_stage: Callable[[Config], int] = lambda config: config["clb_stage"] - 1
     stage_flags: tuple[str, ...] = BINARY_KEYS
     convert: Callable[[Detector, int, Config, Mapping[str, Tensor]], None] = _binarize

@@ -131,6 +131,11 @@ def network_defaults(host: Host) -> dict[str, object]:
     return {flag: defaults[flag] for flag in host.network_flags}
 
 
+def stage_of(config: Config) -> str:
+    """What the stage of a run is called."""
+    return HOSTS[config.get("host", INP_FORMER.name)].stage_name(config["clb_stage"])
+
+
 def described_network(config: Config) -> str:
     """What stands on the encoder: the host, with those flags of its network that are not as its authors have them."""
     host = HOSTS[config.get("host", INP_FORMER.name)]  # runs from before there were two do not say it

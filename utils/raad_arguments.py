@@ -2,6 +2,7 @@
 
 import argparse
 from pathlib import Path
+from typing import get_args
 
 import torch
 
@@ -11,6 +12,7 @@ from models.efficientad import MAP_NORMALISATIONS
 from models.patch_description import TEACHER_CHANNELS, PatchDescriptionNetwork
 from quantize.accounting import layer_sizes
 from quantize.allocation import METHODS, PHIS, SHARES, AllocationOptions, allocate
+from quantize.quantizers import RangeMethod
 from quantize.reconstruction import FISHER
 from quantize.scores import INPUTS, SCORES, TAPS
 from utils.converters import number
@@ -33,6 +35,7 @@ QUANTIZATION_FLAGS = (
     "hqs_input",
     "hqs_tap",
     "rounding",
+    "learn_steps",
     "range_init",
     "bias_correction",
     "output_bits",
@@ -45,7 +48,8 @@ QUANTIZATION_FLAGS = (
     "recon_learning_rate",
     "calibration_images_count",
 )
-_FINETUNE_FLAGS = ("finetune_iters", "finetune_learning_rate")
+_FINETUNE_WAYS = ("ste", "float")
+_FINETUNE_FLAGS = ("finetune", "finetune_iters", "finetune_learning_rate")
 
 
 def _add_network_flags(group: argparse._ArgumentGroup) -> None:
@@ -68,6 +72,11 @@ def _add_network_flags(group: argparse._ArgumentGroup) -> None:
         choices=MAP_NORMALISATIONS,
         default="quantile",
         help="bring both maps to one scale by quantiles on normal images",
+    )
+    group.add_argument(
+        "--padding",
+        action="store_true",
+        help="zeros around the images, so that maps reach their border; layers are then reconstructed on whole images",
     )
     group.add_argument(
         "--hard_quantile",
@@ -93,8 +102,10 @@ def _add_allocation_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--bits", nargs="+", type=number(int, 2, 8), metavar="N", help="uniform: one; manual: of each layer but the ends"
     )
-    group.add_argument("--budget", type=number(float, 1), metavar="N", help="effective parameters of teacher and student")
-    group.add_argument("--share_bits", choices=SHARES, default="pair", help="teacher and student alike, or 8-bit teacher")
+    group.add_argument(
+        "--budget", type=number(float, 1), metavar="N", help="effective parameters (default: of 4 bits between the ends)"
+    )
+    group.add_argument("--share_bits", choices=SHARES, default="pair", help="teacher and student alike, or teacher as its ends")
     group.add_argument("--ends_bits", type=number(int, 2, 8), default=8, help="of first and last layer")
     group.add_argument("--hqs_score", choices=SCORES, default="mse_relative", help="how far a layer's outputs lie apart")
     group.add_argument("--hqs_phi", choices=PHIS, default="ratio", help="from scores to bits")
@@ -107,9 +118,14 @@ def _add_quantization_flags(group: argparse._ArgumentGroup) -> None:
         "--rounding",
         choices=_ROUNDINGS,
         default="adaround",
-        help="adaround: learned layer by layer; nearest; lsq: nearest, and steps trained in finetune",
+        help="adaround: learned layer by layer; nearest; lsq: nearest, with --learn_steps",
     )
-    group.add_argument("--range_init", choices=["minmax", "search"], default="search", help="ranges of weights and activations")
+    group.add_argument(
+        "--learn_steps", action="store_true", help="finetune trains the quantizers' steps, too, whatever the rounding"
+    )
+    group.add_argument(
+        "--range_init", choices=get_args(RangeMethod), default="search", help="ranges of weights and activations"
+    )
     group.add_argument(
         "--bias_correction", action=argparse.BooleanOptionalAction, default=True, help="keep the means of all channels"
     )
@@ -127,6 +143,13 @@ def _add_quantization_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--recon_learning_rate", type=number(float, 0), default=1e-3)
     group.add_argument(
         "--calibration_images_count", type=number(int, 1), default=256, help="training images for ranges and reconstruction"
+    )
+    group.add_argument(
+        "--finetune",
+        choices=_FINETUNE_WAYS,
+        default="ste",
+        help="ste: with the quantizers on, gradients straight through; float: the student goes on from its rounded weights "
+        "without them, and stays float",
     )
     group.add_argument("--finetune_iters", type=number(int, 1), default=_FINETUNE_ITERATIONS)
     group.add_argument("--finetune_learning_rate", type=number(float, 0), default=1e-5)
@@ -174,7 +197,10 @@ def _check_allocation(arguments: argparse.Namespace) -> None:
         raise UserError(f"--bits with --allocation {method}, which finds them itself; give --allocation uniform or manual")
     of_scores = arguments.hqs_phi == "budget" and method in ("hqs", "inverted")
     if arguments.budget and not (of_scores or method in ("budget", "ompq", "hawq")):
-        raise UserError(f"--budget with --allocation {method}, which keeps none; give --allocation budget, ompq or hawq")
+        raise UserError(
+            f"--budget with --allocation {method}, which keeps none; give --allocation budget, ompq or hawq, or "
+            "--hqs_phi budget"
+        )
     options, size = allocation_options(vars(arguments)), PDN_ENCODERS[arguments.encoder]
     with torch.device("meta"):  # only counted
         networks = [PatchDescriptionNetwork(size, halves * TEACHER_CHANNELS[size]) for halves in (1, 2)]
@@ -200,9 +226,13 @@ def _check_stages(arguments: argparse.Namespace) -> None:
         raise UserError("--stage quantize with --allocation none has nothing to do; give an allocation, or --stage finetune")
     if arguments.allocation == "none" and (arguments.bits or arguments.budget or arguments.autoencoder_bits):
         raise UserError("--allocation none quantizes nothing; leave --bits, --budget and --autoencoder_bits out")
+    if arguments.allocation == "none" and arguments.finetune == "float":
+        raise UserError("--finetune float with --allocation none, where all is float; leave --finetune out")
     if stage == "all" and (start or arguments.test_checkpoint):
         flag = "--load_checkpoint" if start else "--test_checkpoint"
         raise UserError(f"{flag} is a model of one stage and --stage all means several; give that --stage with it")
+    if stage == "baseline" and (arguments.bits or arguments.budget or arguments.autoencoder_bits):
+        raise UserError("--stage baseline quantizes nothing; leave --bits, --budget and --autoencoder_bits out")
     if arguments.baseline and stage == "baseline":
         raise UserError("--baseline names the baseline of another run and --stage baseline trains one; give --save_name alone")
     if arguments.baseline and start not in (None, f"{arguments.baseline.removesuffix('-Baseline')}-Baseline"):

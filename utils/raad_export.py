@@ -18,7 +18,7 @@ from torch import Tensor
 from binarize.packed import from_bytes, to_bytes
 from common.errors import NumericError
 from models.efficientad import EfficientAD
-from quantize.accounting import DetectorSize, detector_size, layer_sizes
+from quantize.accounting import DetectorSize, layer_sizes, size_of
 from quantize.layers import quantized_layers
 from quantize.onnx_graph import means_as_convolutions, use_integers
 from quantize.quantizers import UniformQuantizer
@@ -58,8 +58,9 @@ class IntegerGraph:
     def describe(self) -> str:
         """Two lines."""
         return (
-            f"ONNX Runtime runs {self.fused} of {self.quantized} quantized convolutions on integers; its maps of noise differ "
-            f"from torch's by {self.difference:.1e} (root mean square), 1 % of activations one step off do by {self.step:.1e}\n"
+            f"ONNX Runtime runs {self.fused} of {self.quantized} quantized convolutions on integers; its maps of noise lie "
+            f"within {self.difference:.1e} of torch's (root mean square), below the {self.step:.1e} of 1 % of activations that "
+            "are one step off\n"
             f"numbers of the model: {self.size.float32_bytes:,} bytes as float32, {self.size.int8_bytes:,} with a byte per "
             f"code, {self.size.packed_bytes:,} with codes packed to their bits; this graph: {self.file_bytes:,} bytes"
         )
@@ -90,9 +91,7 @@ def export_integers(detector: EfficientAD, metadata: dict, output: Path, side: i
     """
     check_packages()
     detector = copy.deepcopy(detector).cpu().eval()
-    integers = copy.deepcopy(detector)
-    use_integers(integers)
-    content = with_metadata(means_as_convolutions(traced(integers, side)), metadata)
+    content = with_metadata(integer_graph(detector, side), metadata)
     difference, step = _difference_and_step(content, detector, side)
     if not difference < step:  # also where it is not a number
         raise NumericError(
@@ -107,7 +106,7 @@ def export_integers(detector: EfficientAD, metadata: dict, output: Path, side: i
         len(quantized_layers(detector)),
         sum(operators[name] for name in INTEGER_CONVOLUTIONS),
         len(content),
-        _size_of(detector),
+        size_of(detector),
     )
 
 
@@ -129,15 +128,18 @@ def export_codes(detector: EfficientAD, metadata: dict, output: Path, side: int)
             f"{str(output)!r} was not written"
         )
     atomic_write(output, lambda file: file.write(content))
-    size = _size_of(detector)
+    size = size_of(detector)
     rows = [("file", "bytes", "float32 bytes", "ratio")]
     for name, bytes_ in (("numbers, packed", size.packed_bytes), ("whole file, compressed", len(content))):
         rows.append((name, f"{bytes_:,}", f"{size.float32_bytes:,}", f"{size.float32_bytes / bytes_:.2f}x"))
     return format_rows(rows)
 
 
-def _size_of(detector: EfficientAD) -> DetectorSize:
-    return detector_size(*map(layer_sizes, networks_of(detector).values()))
+def integer_graph(detector: EfficientAD, side: int) -> bytes:
+    """A quantized detector of images (B, 3, side, side) as a serialised ONNX model of integer convolutions."""
+    integers = copy.deepcopy(detector)
+    use_integers(integers)
+    return means_as_convolutions(traced(integers, side))
 
 
 def operators_run(content: bytes) -> Counter[str]:

@@ -9,15 +9,17 @@ from torch import Tensor
 
 from models.build import PDN_ENCODERS
 from models.efficientad import EfficientAD, EfficientADOptions, EfficientADTraining
+from models.patch_description import FrozenTeacher
 from models.teacher import build_teacher
 from quantize.blocks import STRIDE, WINDOW
-from quantize.layers import QuantizationOptions
+from quantize.layers import QuantizationOptions, dequantize_network
 from quantize.reconstruction import ReconstructionOptions
 from utils.host import Config, Host, Passes, fields_of
-from utils.penalty import PenaltyImages
+from utils.penalty import PenaltyImages, names_sha256
 from utils.raad_arguments import (
     BASELINE,
     BASELINE_ITERATIONS,
+    FINETUNE,
     QUANTIZATION_FLAGS,
     QUANTIZE,
     STAGES,
@@ -32,7 +34,7 @@ _CROP = 65  # of the reconstruction, or the largest that fits
 
 
 def _plan(config: Config) -> QuantizationPlan:
-    crop = min(_CROP, WINDOW + (config["crop_size"] - WINDOW) // STRIDE * STRIDE)
+    crop = None if config["padding"] else min(_CROP, WINDOW + (config["crop_size"] - WINDOW) // STRIDE * STRIDE)
     return QuantizationPlan(
         allocation=allocation_options(config),
         scoring=ScoringOptions(config["hqs_score"], config["hqs_input"], config["hqs_tap"]),
@@ -57,14 +59,21 @@ def _layer_options(config: Config) -> QuantizationOptions:
         range_init=config["range_init"],
         round="adaround" if config["rounding"] == "adaround" else "nearest",
         bias_correction=config["bias_correction"],
-        learn_step=config["rounding"] == "lsq",
+        learn_step=config["rounding"] == "lsq" or config["learn_steps"],
         output_bits=config["output_bits"] or None,
     )
+
+
+def _build(teacher: FrozenTeacher, config: Config) -> EfficientAD:
+    options = EfficientADOptions(**fields_of(EfficientADOptions, config))
+    return EfficientAD(teacher.with_padding(options.padding), options, config["crop_size"])
 
 
 def _convert(detector: EfficientAD, stage: int, config: Config, state: Mapping[str, Tensor]) -> None:
     if any(".weight_quantizer." in name for name in state):
         restore_structure(detector, _layer_options(config), state)
+    elif stage == FINETUNE and config["finetune"] == "float":
+        dequantize_network(detector.student)
 
 
 def _prepare_training(detector: EfficientAD, config: Config) -> None:
@@ -81,10 +90,14 @@ def _prepare(detector: EfficientAD, config: Config, training: Passes, normal: Pa
     return {}
 
 
+def _training_facts(config: Config) -> dict[str, object]:
+    return {"penalty_images": names_sha256(Path(config["penalty_images"]))} if config["penalty_images"] else {}
+
+
 RAAD = Host(
     name="RAAD",
-    network_flags=("map_normalisation",),
-    training_flags=("hard_quantile", "jitter", "penalty_images", "baseline", *QUANTIZATION_FLAGS),
+    network_flags=("map_normalisation", "padding"),
+    training_flags=("hard_quantile", "jitter", "penalty_images", "baseline", "finetune", *QUANTIZATION_FLAGS),
     folder_flags=(),
     add_flags=add_raad_flags,
     defaults={
@@ -125,12 +138,11 @@ RAAD = Host(
     },
     check=check_raad,
     choose_defaults=choose_raad_defaults,
-    build=lambda encoder, config: EfficientAD(
-        encoder, EfficientADOptions(map_normalisation=config["map_normalisation"]), config["crop_size"]
-    ),
+    build=_build,
     prepare_training=_prepare_training,
     prepare=_prepare,
     convert=_convert,
+    training_facts=_training_facts,
     start_stage=lambda config: BASELINE if config["allocation"] in (None, "none") else config["clb_stage"] - 1,
     stage_flags=QUANTIZATION_FLAGS,
     encoders=tuple(PDN_ENCODERS),

@@ -40,7 +40,9 @@ def skeleton(description: Mapping) -> EfficientAD:
     size = PDN_ENCODERS[named["name"]]
     options = QuantizationOptions(range_init="minmax", output_bits=config["output_bits"] or None)
     with torch.device("meta"):
-        teacher = FrozenTeacher(PatchDescriptionNetwork(size, TEACHER_CHANNELS[size]), named["source"], named["sha256"])
+        teacher = FrozenTeacher(
+            PatchDescriptionNetwork(size, TEACHER_CHANNELS[size], config["padding"]), named["source"], named["sha256"]
+        )
         detector = RAAD.build(teacher, config)
         detector.quantized_teacher, teacher.network = teacher.network, nn.Identity()  # the float one is nowhere
         for name, network in networks_of(detector).items():

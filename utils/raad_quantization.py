@@ -12,13 +12,14 @@ from torch import Tensor
 from common.errors import UserError
 from models.efficientad import EfficientAD
 from models.patch_description import PatchDescriptionNetwork
-from quantize.accounting import detector_size, layer_sizes
+from quantize.accounting import layer_sizes, size_of
 from quantize.allocation import Allocation, AllocationOptions, allocate
 from quantize.blocks import STRIDE, Crops, GradientLoss
 from quantize.layers import QuantizationOptions, quantize_network
 from quantize.quantizers import UniformQuantizer
 from quantize.reconstruction import LayerError, ReconstructionOptions, fit
 from quantize.scores import layer_outputs_of, layer_scores, mean_hessian_traces, orthogonality, perturbations
+from utils.distributed import is_main
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +65,9 @@ def first_images(batches: Iterable[Tensor], count: int) -> Tensor:
 
 
 def quantize_detector(detector: EfficientAD, plan: QuantizationPlan, training: Passes, normal: Passes) -> dict:
-    """Quantize a trained detector in place and learn its teacher's statistics anew; returns the record of what was decided.
+    """Quantize a trained detector in place, which is then in evaluation mode, and learn its teacher's statistics anew.
+
+    Returns the record of what was decided.
 
     Args:
         training: passes over training images, whose first ones calibrate and reconstruct.
@@ -73,16 +76,18 @@ def quantize_detector(detector: EfficientAD, plan: QuantizationPlan, training: P
     Raises:
         UserError, NumericError: as `allocate` and `reconstruct` do.
     """
+    detector.eval()  # the autoencoder's dropout would be in the loss that weighs errors
     decision = decide_bits(detector, plan, normal)
     images = first_images(training(), plan.calibration_images)
     teacher = copy.deepcopy(detector.encoder.network)
     quantize_network(teacher, decision.teacher_bits, plan.layers)
     quantize_network(detector.student, decision.student_bits, plan.layers)
     of_output = replace(plan.reconstruction, fisher="none" if plan.reconstruction.fisher == "none" else "output")
-    errors = {"teacher": fit(teacher, images, plan.layers, of_output, description="quantizing the teacher")}
+    quiet = not is_main()
+    errors = {"teacher": fit(teacher, images, plan.layers, of_output, description="quantizing the teacher", quiet=quiet)}
     loss = _imitation_loss(detector, images) if plan.reconstruction.fisher == "task" else None
     options = plan.layers, plan.reconstruction, loss
-    errors["student"] = fit(detector.student, images, *options, description="quantizing the student")
+    errors["student"] = fit(detector.student, images, *options, description="quantizing the student", quiet=quiet)
     detector.quantized_teacher = teacher
     detector.prepare(training)  # the quantized teacher has statistics of its own
     if plan.autoencoder_bits is not None:
@@ -107,6 +112,9 @@ def decide_bits(detector: EfficientAD, plan: QuantizationPlan, normal: Passes) -
     elif options.method == "hawq":
         omega = _perturbations(detector, plan, first_images(normal(), _PROBED_IMAGES).to(detector.device))
     decision = allocate(options, *parameters, scores, omega)
+    of_hqs = allocate(replace(options, method="hqs"), *parameters, scores) if options.method == "inverted" else None
+    if of_hqs and of_hqs.student_bits == decision.student_bits:
+        logger.warning("this control has the very bits of --allocation hqs; give another --hqs_phi, such as rank, to both")
     logger.info("bits of the student's layers: %s (%s)", " ".join(map(str, decision.student_bits)), options.method)
     return decision
 
@@ -122,8 +130,12 @@ def _normaliser(detector: EfficientAD) -> Callable[[Tensor], Tensor]:
 
 @torch.no_grad()
 def _orthogonality(network: PatchDescriptionNetwork, images: Tensor) -> list[float]:
+    """OMPQ's theta of each layer, whose maps are averaged to 8 x 8: whole ones of 64 images would take 2 GB a layer."""
     if len(images) < 3:  # two are alike to every layer once their mean is taken away
-        raise UserError("ompq compares what images look like to the layers and needs three of them; give more training images")
+        raise UserError(
+            f"--allocation ompq compares what held-out images look like to the layers and needs three, not {len(images)}; "
+            "give a larger --holdout"
+        )
     device = next(network.parameters()).device
     batches = [
         [F.adaptive_avg_pool2d(output, 8).cpu() for output in network.layer_outputs(batch)] for batch in _to(device, images)
@@ -202,7 +214,7 @@ def restore_structure(detector: EfficientAD, layers: QuantizationOptions, state:
 
 def _record(detector: EfficientAD, decision: Allocation, errors: dict[str, list[LayerError]]) -> dict:
     """Plain values for the run's folder: bits and why, what each layer lost, and what the detector weighs."""
-    size = detector_size(*map(layer_sizes, (detector.teacher, detector.student, detector.autoencoder)))
+    size = size_of(detector)
     logger.info(
         "effective parameters: %.2f M teacher and student, %.2f M with the autoencoder; %.2f MB packed, %.2f MB as float32",
         size.effective_teacher_student / 1e6,

@@ -12,7 +12,7 @@ import yaml
 
 from binarize.cost import Cost
 from utils.checkpoint import write_text
-from utils.hosts import described_network
+from utils.hosts import described_network, stage_of
 from utils.metrics import column_names
 from utils.plots import loss_curve, score_histogram
 from utils.protocol import EvaluationOptions
@@ -96,7 +96,7 @@ def run_section(folder: Path, training_folder: Path) -> str:
     losses = _losses(training_folder / "metrics.jsonl")
     parts = [
         f"<h1>{html.escape(folder.name)}</h1>",
-        f'<p class="note">{html.escape(described_network(config))} · CLB stage {config["clb_stage"]} · '
+        f'<p class="note">{html.escape(described_network(config))} · {html.escape(stage_of(config))} · '
         f"{html.escape(config['encoder'])}, weights: "
         f"{html.escape(encoder_source)} · crop {config['crop_size']} px · seed {config['seed']}<br>"
         f"{html.escape(EvaluationOptions.from_config(config).describe())}; percent, n/a where a metric is not defined</p>",

@@ -38,6 +38,7 @@ _FACTS = {  # of env.json, that a later command must share
     "encoder_sha256": "encoder weights of sha256",
     "model_sha256": "model of sha256",
     "processes": "number of processes",
+    "penalty_images": "penalty images whose names have the sha256",
 }
 EARLIER_DEFAULTS = {  # of flags that runs from before do not name
     "host": INP_FORMER.name,

@@ -17,6 +17,7 @@ from models.detector import Detector
 from utils.agreement import packed_copy
 from utils.checkpoint import write_text
 from utils.detectors import load_detector
+from utils.hosts import HOSTS
 from utils.packed_model import PackingOptions
 from utils.run_results import TIMING_FILE, has_begun, load_run, training_folder
 from utils.timing import describe_machine, interleaved_medians
@@ -44,17 +45,24 @@ def measure_runs(folders: Sequence[Path], encoder_weights: str | None, repeats: 
     if not networks:
         raise UserError("--measure: none of the runs has a trained model; train at least one")
     models = {network: _model_file(same[0]) for network, same in networks.items()}
-    engines = {network: "torch float32" if network[0] == 0 else "1-bit engine, int8 encoder" for network in networks}
     with torch.inference_mode(), _one_thread():
         calls = {network: _photo_to_map(path, encoder_weights) for network, path in models.items()}
         seconds = interleaved_medians(calls, repeats)
         measurement = {"machine": describe_machine(), "date": datetime.now(UTC).isoformat(timespec="seconds")}
     for network, same in networks.items():
-        content = {"milliseconds": 1000 * seconds[network], "engine": engines[network], "model": str(models[network])}
+        engine = _engine(load_run(same[0]).host, stage=network[0])
+        content = {"milliseconds": 1000 * seconds[network], "engine": engine, "model": str(models[network])}
         content |= measurement
         for folder in same:
             write_text(folder / TIMING_FILE, json.dumps(content, indent=2) + "\n")
             logger.info("%s: %.1f ms per image, %s", folder, content["milliseconds"], content["engine"])
+
+
+def _engine(host: str, stage: int) -> str:
+    """What runs a model of this stage in `_photo_to_map`."""
+    if stage == 0:
+        return "torch float32"
+    return "1-bit engine, int8 encoder" if HOSTS[host].binarizes else "torch, quantization simulated (scripts.benchmark_raad)"
 
 
 @contextmanager
@@ -74,10 +82,11 @@ def _model_file(folder: Path) -> Path | None:
 
 
 def _photo_to_map(path: Path, encoder_weights: str | None) -> Callable[[], object]:
-    """One run of a model as it is deployed: float as trained, binary stages on bits with an int8 encoder."""
+    """One run of a model: float as trained, binary stages as they are deployed, on bits with an int8 encoder; RAAD in torch."""
     detector, content = load_detector(path, encoder_weights)
     config = content["config"]
-    deployed: Detector = detector if content["stage"] == 0 else packed_copy(detector, PackingOptions())
+    on_bits = content["stage"] > 0 and HOSTS[content["host"]].binarizes
+    deployed: Detector = packed_copy(detector, PackingOptions()) if on_bits else detector
     transform = image_transform(config["input_size"], config["crop_size"], config.get("interpolation", "bilinear"))
     photo = Image.fromarray(np.random.default_rng(0).integers(0, 255, (_PHOTO_SIDE, _PHOTO_SIDE, 3), dtype=np.uint8))
     return lambda: deployed.anomaly_map(deployed.encode(transform(photo).unsqueeze(0)))

@@ -53,7 +53,13 @@ def escape_markdown(text: str) -> str:
 
 
 def format_cost(table: dict[str, Cost]) -> str:
-    """The table as text; the last two columns compare with the same model in float32."""
+    """The table as text; ratios compare with the same model in float32. Without 1-bit parts, their columns are left out."""
+    if any(cost.saved_bits for cost in table.values()):
+        rows = [("part", "parameters", "MB", "GMAC", "size ratio")]
+        for part, cost in table.items():
+            numbers = f"{cost.bytes / 1e6:.2f}", f"{cost.macs / 1e9:.2f}", f"{cost.size_ratio:.2f}x"
+            rows.append((part, f"{cost.parameters / 1e6:.2f} M", *numbers))
+        return format_rows(rows)
     header = ("part", "parameters", "binary", "MB", "GMAC", "binary GMAC", "GMAC at 1/64", "size ratio", "MAC ratio")
     rows = [header]
     for part, cost in table.items():

@@ -78,7 +78,8 @@ def _claim(experiment: Experiment) -> bool:
 
 def _facts(experiment: Experiment) -> dict:
     """What a run depends on besides its configuration: the batches of all processes together make one step."""
-    return {"encoder_sha256": experiment.encoder.weights_sha256, "processes": world_size()}
+    further = experiment.host.training_facts(experiment.settings.config)
+    return {"encoder_sha256": experiment.encoder.weights_sha256, "processes": world_size(), **further}
 
 
 def _check_untouched(experiment: Experiment) -> None:
@@ -115,6 +116,7 @@ def _train_model(experiment: Experiment, model: ModelData, places: Places) -> No
     if path.is_file() and not (folder / "last.pth").is_file():
         content = open_checkpoint(path, expected, (settings.model.stage,), "--resume")
         detector = experiment.restored(content, path)
+        on_main(lambda: count_cost(run, detector, settings.data.crop_size))  # a quantized one is counted as it is now
         logger.info("%s: already trained, only evaluated (--resume)", model.name)
     else:
         record = {}
@@ -207,6 +209,8 @@ def _inputs_of(settings: Settings, detector: Detector, images: Dataset) -> Itera
 
 
 def _describe_training(options: TrainingOptions) -> str:
+    if not options.total_iterations:
+        return "nothing is trained in this stage"
     processes = f" in each of {world_size()} processes" if world_size() > 1 else ""
     return (
         f"{options.total_iterations} iterations of {options.batch_size} images{processes}, warm-up {options.warmup}, "
