@@ -380,3 +380,12 @@ def test_the_threshold_says_which_images_it_comes_from(runs, tmp_path, changes, 
     assert exported(tmp_path / "model.pth", tmp_path / "model.binaryad", "--quiet") == 0
     source = load_packed(tmp_path / "model.binaryad")[1]["decision"]["source"]
     assert source == f"quantile 0.99 of 2 scores of {images}, stored by the training"
+
+
+def test_a_threshold_of_normal_images_is_a_number_in_the_file(runs, tmp_path, capsys):
+    content, checkpoint, file = load_checkpoint(model_of(runs, "")), tmp_path / "model.pth", tmp_path / "model.binaryad"
+    content["protocol"] = {**content["protocol"], "true_false": "val_quantile"}
+    save_checkpoint(checkpoint, content)
+    assert exported(checkpoint, file) == 0
+    assert load_packed(file)[1]["protocol"]["true_false"] == f"fixed:{content['calibration']['map_threshold']}"
+    assert evaluate.main(["--model", str(file), "--dataset", "Folder", "--data_path", str(runs / "data"), "--quiet"]) == 0

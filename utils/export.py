@@ -141,7 +141,7 @@ def export_packed(
         _prove(detector, content)
     packed = packed_copy(detector, options)
     decision, scale = _decision(packed, content, threshold)
-    content = {**content, "calibration": scale}
+    content = _with_scale(content, scale)
     file = packed_bytes(packed, options, describe(packed, content, decision, transform_of(content)))
     atomic_write(output, lambda stream: stream.write(file))
     logger.info("threshold: %.4f, from %s", decision["threshold"], decision["source"])
@@ -150,7 +150,7 @@ def export_packed(
 
 def _export_quantized(detector: EfficientAD, content: dict, output: Path, threshold: ThresholdOptions) -> None:
     decision, scale = _decision(detector, content, threshold)
-    metadata = describe_efficientad(detector, {**content, "calibration": scale}, decision, transform_of(content))
+    metadata = describe_efficientad(detector, _with_scale(content, scale), decision, transform_of(content))
     table = export_codes(detector, metadata, output, content["config"]["crop_size"])
     logger.info("threshold: %.4f, from %s", decision["threshold"], decision["source"])
     logger.info("loaded back, the file gives the very maps of the trained model on images of noise\n%s", table)
@@ -169,7 +169,7 @@ def export_graph(checkpoint: Path, output: Path, threshold: ThresholdOptions, en
     content = for_category(content, threshold.item, checkpoint)
     decision, scale = _decision(detector, content, threshold)
     description = describe_efficientad if isinstance(detector, EfficientAD) else describe
-    metadata = description(detector, {**content, "calibration": scale}, decision, transform_of(content))
+    metadata = description(detector, _with_scale(content, scale), decision, transform_of(content))
     side = content["config"]["crop_size"]
     if quantized_layers(detector):
         report = export_integers(detector, metadata, output, side)
@@ -204,6 +204,13 @@ def _scored_by_training(config: Config) -> str:
         return "training images"
     has_own = any(LAYOUTS[name].validation for name in config["dataset"].split("+"))
     return "held-out normal images" if has_own else "held-out training images"
+
+
+def _with_scale(content: dict, scale: dict) -> dict:
+    """The content with another scale, and with the number for which `--true_false val_quantile` stands: files lack it."""
+    rule = EvaluationOptions.from_config(content["protocol"]).with_threshold(scale).true_false
+    protocol = {**content["protocol"], "true_false": rule} if "true_false" in content["protocol"] else content["protocol"]
+    return {**content, "calibration": scale, "protocol": protocol}
 
 
 def _decision(packed: Detector, content: dict, options: ThresholdOptions) -> tuple[dict, dict]:
