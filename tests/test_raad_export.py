@@ -1,6 +1,5 @@
 """RAAD as a graph of integers, run by ONNX Runtime, against the trained model and against sums of integers in float64."""
 
-import copy
 import itertools
 import json
 
@@ -10,16 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import RAAD
 from common.errors import NumericError
 from models.efficientad import EfficientAD, EfficientADOptions
 from models.patch_description import PatchConvolution
 from models.teacher import build_teacher
-from quantize.layers import QuantizationOptions, QuantizedConvolution, calibrate, quantize_network, quantized_layers
+from quantize.layers import QuantizationOptions, QuantizedConvolution, calibrate, quantized_layers
 from quantize.onnx_graph import IntegerConvolution, byte_codes, use_integers
 from quantize.quantizers import UniformQuantizer
 from scripts import benchmark_raad, export
-from tests.miniature import make_mvtec
+from tests.raad_models import NEAREST, SIDE, checkpoint_of, detector_of, images_of, train_stages
 from utils import raad_export
 from utils.detectors import load_detector
 from utils.onnx_export import traced
@@ -29,15 +27,10 @@ from utils.raad_export import export_integers, operators_run
 onnx = pytest.importorskip("onnx", reason="ONNX export needs requirements-onnx.txt")
 onnxruntime = pytest.importorskip("onnxruntime", reason="ONNX export needs requirements-onnx.txt")
 
-SIDE, SMALL_SIDE = 64, 12
+SMALL_SIDE = 12
 WAYS = ("torch, simulated", "ONNX Runtime, integers")
 RANDOM = ("--encoder_weights", "random")
-NEAREST = QuantizationOptions(round="nearest")  # its searched ranges leave some values outside
 QUICK = QuantizationOptions(range_init="minmax", round="nearest")
-
-
-def images_of(count: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(count, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(seed))
 
 
 def inputs_of_a_layer() -> torch.Tensor:
@@ -50,24 +43,6 @@ def layer_of(bits: int, rectified: bool, stride: int = 1, padding: int = 0) -> Q
     layer = QuantizedConvolution.from_convolution(convolution, bits, NEAREST)
     calibrate(nn.Sequential(layer), inputs_of_a_layer(), NEAREST)
     return layer.eval()
-
-
-def detector_of(bits=(8, 4, 2, 8), autoencoder_bits: int | None = None) -> EfficientAD:
-    """Quantized and calibrated on noise; biases are large, so that one which is lost is seen."""
-    torch.manual_seed(1)
-    detector = EfficientAD(build_teacher("tiny", "random"), EfficientADOptions(), SIDE).eval()
-    detector.quantized_teacher = copy.deepcopy(detector.encoder.network)
-    networks = {"quantized_teacher": bits, "student": bits, "autoencoder": autoencoder_bits and [autoencoder_bits] * 14}
-    for name, layer_bits in networks.items():
-        network = getattr(detector, name)
-        for layer in network.convolutions:
-            nn.init.uniform_(layer.bias, -0.1, 0.1)
-        if layer_bits:
-            quantize_network(network, layer_bits, QUICK)
-            calibrate(network, images_of(4, seed=1), QUICK)
-    detector.prepare(lambda: [images_of(4, seed=1)])
-    detector.calibrate([images_of(4, seed=2)])
-    return detector
 
 
 def run(content: bytes | str, images: torch.Tensor) -> np.ndarray:
@@ -153,7 +128,7 @@ def test_a_bias_beside_vanishing_weights_stays():
     [((8, 4, 2, 8), None, 6, 2, 14), ((3, 8, 5, 2), None, 6, 2, 14), ((8, 8, 8, 8), 4, 18, 4, 0)],
 )
 def test_the_graph_of_a_detector_runs_on_integers_and_gives_its_maps(tmp_path, bits, autoencoder_bits, fused, summed, floats):
-    detector, output = detector_of(bits, autoencoder_bits), tmp_path / "model.onnx"
+    detector, output = detector_of(bits, autoencoder_bits, QUICK), tmp_path / "model.onnx"
     report = export_integers(detector, {"item": "bottle"}, output, SIDE)
     operators = operators_run(output.read_bytes())
     assert (operators["QLinearConv"], operators["MatMulInteger"], operators["Conv"] + operators["FusedConv"]) == (
@@ -195,21 +170,8 @@ def test_a_wrong_graph_is_not_written(tmp_path, monkeypatch, change, convolution
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Where all three stages of a tiny model were trained."""
-    root = tmp_path_factory.mktemp("raad")
-    make_mvtec(root / "data")
-    flags = (
-        "--encoder pdn_tiny --teacher_weights random --image_size 64 --total_iters 6 --finetune_iters 4 --recon_iters 4 "
-        "--recon_activation_iters 2 --recon_batch_size 4 --range_init minmax --holdout 0.25 --quiet"
-    )
-    place = ("--dataset", "Folder", "--data_path", str(root / "data"), "--save_dir", str(root / "runs"), "--num_workers", "0")
-    assert RAAD.main([*place, *flags.split()]) == 0
-    return root
-
-
-def checkpoint_of(root, suffix: str):
-    (path,) = root.glob(f"**/RAAD-Single-Class{suffix}_*/*/model.pth")
-    return path
+    flags = "--recon_iters 4 --recon_activation_iters 2 --recon_batch_size 4 --range_init minmax"
+    return train_stages(tmp_path_factory.mktemp("raad"), f"--total_iters 6 --finetune_iters 4 {flags}")
 
 
 @pytest.mark.parametrize(("suffix", "layers"), [("-Baseline", 0), ("-Quantized", 8), ("", 8)])
@@ -229,13 +191,8 @@ def test_the_command_writes_a_model_of_every_stage(runs, tmp_path, suffix, layer
 
 
 def test_a_detector_that_pads_goes_all_the_way(tmp_path):
-    make_mvtec(tmp_path / "data")
-    flags = (
-        "--encoder pdn_tiny --teacher_weights random --image_size 64 --padding --total_iters 3 --finetune_iters 2 "
-        "--recon_iters 3 --recon_activation_iters 2 --recon_batch_size 2 --recon_crops 4 --holdout 0.25 --num_workers 0 --quiet"
-    )
-    place = ("--dataset", "Folder", "--data_path", str(tmp_path / "data"), "--save_dir", str(tmp_path / "runs"))
-    assert RAAD.main([*place, *flags.split()]) == 0
+    flags = "--recon_iters 3 --recon_activation_iters 2 --recon_batch_size 2 --recon_crops 4"
+    train_stages(tmp_path, f"--padding --total_iters 3 --finetune_iters 2 {flags}")
     checkpoint = checkpoint_of(tmp_path, "")
     detector, _ = load_detector(checkpoint, None)
     assert {layer.padding for layer in quantized_layers(detector.student)} == {(3, 3), (1, 1), (0, 0)}

@@ -1,25 +1,24 @@
 """The packed file of a quantized RAAD, read by plain arithmetic and loaded back by the program: same weights and verdicts."""
 
-import copy
 import csv
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-import RAAD
 from common.errors import NumericError, UserError
-from models.efficientad import EfficientAD, EfficientADOptions
-from models.teacher import build_teacher
+from models.efficientad import EfficientAD
 from quantize.accounting import detector_size, layer_sizes
-from quantize.layers import QuantizationOptions, calibrate, quantize_network, quantized_layers
+from quantize.layers import quantized_layers
 from quantize.packed_codes import pack_codes, unpack_codes
 from scripts import benchmark, evaluate, export, predict, report
 from tests.miniature import make_mvtec
+from tests.raad_models import NEAREST, SIDE, checkpoint_of, detector_of, images_of, train_stages
 from tests.test_packed import plain_read, rewritten
 from utils import raad_export
 from utils.checkpoint import load_checkpoint, save_checkpoint
@@ -29,7 +28,6 @@ from utils.prediction import Predictor
 from utils.raad_export import describe_efficientad, export_codes
 from utils.raad_packed import stored_tensors
 
-SIDE = 64
 CONTENT = {
     "host": "RAAD",
     "item": "bottle",
@@ -39,26 +37,6 @@ CONTENT = {
     "config": {"input_size": SIDE, "crop_size": SIDE, "map_normalisation": "quantile", "padding": False},
 }
 KINDS = [((8, 4, 2, 8), None, 8), ((3, 7, 5, 2), None, None), ((6, 8, 4, 8), 3, 4)]  # bits, of the autoencoder, of outputs
-
-
-def images_of(count: int, seed: int) -> torch.Tensor:
-    return torch.randn(count, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(seed))
-
-
-def detector_of(bits=(8, 4, 2, 8), autoencoder_bits: int | None = None, output_bits: int | None = 8) -> EfficientAD:
-    """Quantized and calibrated on noise; latent weights lie off the grid, as after a fine-tuning."""
-    torch.manual_seed(1)
-    options = QuantizationOptions(round="nearest", output_bits=output_bits)  # searched ranges leave some values outside
-    detector = EfficientAD(build_teacher("tiny", "random"), EfficientADOptions(), SIDE).eval()
-    detector.quantized_teacher = copy.deepcopy(detector.encoder.network)
-    networks = {"quantized_teacher": bits, "student": bits, "autoencoder": autoencoder_bits and [autoencoder_bits] * 14}
-    for name, layer_bits in networks.items():
-        if layer_bits:
-            quantize_network(getattr(detector, name), layer_bits, options)
-            calibrate(getattr(detector, name), images_of(4, seed=1), options)
-    detector.prepare(lambda: [images_of(4, seed=1)])
-    detector.calibrate([images_of(4, seed=2)])
-    return detector
 
 
 def write(detector: EfficientAD, folder: Path, output_bits: int | None = 8) -> tuple[Path, str]:
@@ -97,7 +75,7 @@ def test_bytes_that_are_no_such_codes(packed):
 
 @pytest.mark.parametrize(("bits", "autoencoder_bits", "output_bits"), KINDS)
 def test_another_reader_finds_weights_and_bytes(tmp_path, bits, autoencoder_bits, output_bits):
-    detector = detector_of(bits, autoencoder_bits, output_bits)
+    detector = detector_of(bits, autoencoder_bits, replace(NEAREST, output_bits=output_bits))
     path, table = write(detector, tmp_path, output_bits)
     arrays, entry = plain_read(path.read_bytes())
     assert entry["bits"] == {"teacher": [*bits], "student": [*bits], "autoencoder": [autoencoder_bits or 32] * 14}
@@ -129,7 +107,7 @@ def test_another_reader_finds_weights_and_bytes(tmp_path, bits, autoencoder_bits
 
 @pytest.mark.parametrize(("bits", "autoencoder_bits", "output_bits"), KINDS)
 def test_loaded_back_it_gives_the_very_maps(tmp_path, bits, autoencoder_bits, output_bits):
-    detector, images = detector_of(bits, autoencoder_bits, output_bits), images_of(3, seed=5)
+    detector, images = detector_of(bits, autoencoder_bits, replace(NEAREST, output_bits=output_bits)), images_of(3, seed=5)
     loaded, description = load_packed(write(detector, tmp_path, output_bits)[0])
     expected = detector.anomaly_map(images)
     assert torch.equal(loaded.anomaly_map(images), expected)
@@ -270,21 +248,7 @@ def test_a_damaged_file_is_refused_by_the_command(file, tmp_path, capsys, positi
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> Path:
-    """Where all three stages of a tiny model were trained."""
-    root = tmp_path_factory.mktemp("raad")
-    make_mvtec(root / "data")
-    flags = (
-        "--encoder pdn_tiny --teacher_weights random --image_size 64 --total_iters 6 --finetune_iters 4 --rounding nearest "
-        "--holdout 0.25 --quiet"
-    )
-    place = ("--dataset", "Folder", "--data_path", str(root / "data"), "--save_dir", str(root / "runs"), "--num_workers", "0")
-    assert RAAD.main([*place, *flags.split()]) == 0
-    return root
-
-
-def model_of(runs: Path, suffix: str) -> Path:
-    (path,) = runs.glob(f"**/RAAD-Single-Class{suffix}_*/*/model.pth")
-    return path
+    return train_stages(tmp_path_factory.mktemp("raad"), "--total_iters 6 --finetune_iters 4 --rounding nearest")
 
 
 def exported(checkpoint: Path, output: Path, *flags: str) -> int:
@@ -293,7 +257,7 @@ def exported(checkpoint: Path, output: Path, *flags: str) -> int:
 
 @pytest.mark.parametrize("suffix", ["-Quantized", ""])
 def test_the_command_line_from_a_checkpoint_to_verdicts(runs, tmp_path, capsys, suffix):
-    checkpoint, file, output = model_of(runs, suffix), tmp_path / "model.binaryad", tmp_path / "out"
+    checkpoint, file, output = checkpoint_of(runs, suffix), tmp_path / "model.binaryad", tmp_path / "out"
     assert exported(checkpoint, file) == 0
     printed, log = capsys.readouterr()
     assert printed == f"written: {file} ({file.stat().st_size:,} bytes)\n"
@@ -334,7 +298,7 @@ def test_a_graph_for_other_runtimes_is_called_that(tmp_path, capsys):
 
 
 def test_reports_name_the_stages_and_time_them(runs, tmp_path):
-    folders = [model_of(runs, suffix).parent.parent for suffix in ("-Baseline", "-Quantized", "")]
+    folders = [checkpoint_of(runs, suffix).parent.parent for suffix in ("-Baseline", "-Quantized", "")]
     for folder, stage in zip(folders, ("baseline", "quantize", "finetune"), strict=True):
         assert f"RAAD · stage {stage} · pdn_tiny" in (folder / "report.html").read_text()
     page = tmp_path / "page.html"
@@ -351,7 +315,7 @@ def test_reports_name_the_stages_and_time_them(runs, tmp_path):
 
 
 def test_a_float_model_has_no_such_file(runs, tmp_path, capsys):
-    assert exported(model_of(runs, "-Baseline"), tmp_path / "model.binaryad") == 2
+    assert exported(checkpoint_of(runs, "-Baseline"), tmp_path / "model.binaryad") == 2
     assert "nothing to pack" in (error := capsys.readouterr().err)
     assert "is a float model of RAAD; export that of --stage quantize or finetune" in error
     assert list(tmp_path.iterdir()) == []
@@ -359,7 +323,7 @@ def test_a_float_model_has_no_such_file(runs, tmp_path, capsys):
 
 @pytest.mark.parametrize("flags", [("--encoder_precision", "int8"), ("--trained_precision", "fp32"), ("--encoder_reference",)])
 def test_there_is_no_choice_of_precision(runs, tmp_path, capsys, flags):
-    assert exported(model_of(runs, ""), tmp_path / "model.binaryad", *flags) == 2
+    assert exported(checkpoint_of(runs, ""), tmp_path / "model.binaryad", *flags) == 2
     assert "is quantized to the bits of its training" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
@@ -375,7 +339,7 @@ def test_there_is_no_choice_of_precision(runs, tmp_path, capsys, flags):
     ],
 )
 def test_the_threshold_says_which_images_it_comes_from(runs, tmp_path, changes, images):
-    content = load_checkpoint(model_of(runs, ""))
+    content = load_checkpoint(checkpoint_of(runs, ""))
     save_checkpoint(tmp_path / "model.pth", {**content, "config": {**content["config"], **changes}})
     assert exported(tmp_path / "model.pth", tmp_path / "model.binaryad", "--quiet") == 0
     source = load_packed(tmp_path / "model.binaryad")[1]["decision"]["source"]
@@ -383,7 +347,7 @@ def test_the_threshold_says_which_images_it_comes_from(runs, tmp_path, changes, 
 
 
 def test_a_threshold_of_normal_images_is_a_number_in_the_file(runs, tmp_path, capsys):
-    content, checkpoint, file = load_checkpoint(model_of(runs, "")), tmp_path / "model.pth", tmp_path / "model.binaryad"
+    content, checkpoint, file = load_checkpoint(checkpoint_of(runs, "")), tmp_path / "model.pth", tmp_path / "model.binaryad"
     content["protocol"] = {**content["protocol"], "true_false": "val_quantile"}
     save_checkpoint(checkpoint, content)
     assert exported(checkpoint, file) == 0

@@ -1,7 +1,6 @@
 """The command line: one parser for all entry scripts, with defaults from a YAML file."""
 
 import argparse
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn, get_args
@@ -13,11 +12,10 @@ from datasets.images import DEFAULT_MAX_PIXELS
 from datasets.transforms import Interpolation
 from utils.config_file import config_tokens
 from utils.converters import dataset_names, number
+from utils.evaluation_arguments import add_evaluation_flags
 from utils.hosts import Host
 from utils.loading import default_worker_count
-from utils.metrics import BEST_F1, NO_TRUE_FALSE, NORMAL_QUANTILE
 from utils.optim import DEFAULT_WARMUP, OPTIMIZERS, SCHEDULES
-from utils.protocol import DEFAULT_METRIC_SIZE, Scoring, SmoothingBorder
 
 
 class OneSentenceParser(argparse.ArgumentParser):
@@ -48,7 +46,7 @@ def base_parser(doc: str, host: Host, settings: Sequence[str]) -> argparse.Argum
     binarization = parser.add_argument_group("binarization")
     _add_binarization_flags(binarization)
     _add_training_flags(parser.add_argument_group("training"))
-    _add_evaluation_flags(parser.add_argument_group("evaluation"))
+    add_evaluation_flags(parser.add_argument_group("evaluation"))
     _add_output_flags(parser.add_argument_group("output"), host)
     parser.add_argument("--host", choices=[host.name], default=host.name, help=argparse.SUPPRESS)  # a config.yaml names it
     parser.set_defaults(**host.defaults)
@@ -171,76 +169,6 @@ def _add_training_flags(group) -> None:
         "--cache_features", choices=["auto", "off", "ram", "disk"], default="auto", help="encode every image only once"
     )
     group.add_argument("--cache_images", choices=["off", "disk"], default="off", help="decode and resize every image only once")
-
-
-def _true_false_rule(text: str) -> str:
-    """A converter for argparse: `off`, `f1max`, `val_quantile` or `fixed:VALUE`, the number as Python writes it."""
-    kind, _, value = text.partition(":")
-    if text in (NO_TRUE_FALSE, BEST_F1, NORMAL_QUANTILE):
-        return text
-    try:
-        if kind == "fixed" and math.isfinite(float(value)):
-            return f"fixed:{float(value)}"
-    except ValueError:
-        pass
-    raise argparse.ArgumentTypeError(
-        f"{text!r} is not {NO_TRUE_FALSE}, {BEST_F1}, {NORMAL_QUANTILE} or fixed:VALUE with a number"
-    )
-
-
-def _add_evaluation_flags(group) -> None:
-    """How it is measured."""
-    group.add_argument(
-        "--mask_threshold",
-        type=number(float, 0, 1),
-        default=0.5,
-        help="mask > this is defect (INP-Former 0.5, Dinomaly 0)",
-    )
-    group.add_argument("--smoothing_kernel", type=number(int, 0), default=5, help="odd side in pixels, 0 for none")
-    group.add_argument("--smoothing_sigma", type=number(float, 1e-3), default=4.0)
-    group.add_argument(
-        "--smoothing_border", choices=get_args(SmoothingBorder), default="zeros", help="what lies beyond a map's border"
-    )
-    group.add_argument(
-        "--metric_size",
-        type=number(int, 0),
-        default=DEFAULT_METRIC_SIZE,
-        help="side of the maps and masks that are measured, 0 for the crop's",
-    )
-    group.add_argument(
-        "--max_ratio",
-        type=number(float, 0, 1),
-        default=0.01,
-        help="share of top pixels in the image score, 0 for the maximum",
-    )
-    group.add_argument(
-        "--pro_mode", choices=["exact", "dinomaly"], default="exact", help="dinomaly: 200 thresholds, for old tables"
-    )
-    group.add_argument(
-        "--true_false",
-        type=_true_false_rule,
-        default=NO_TRUE_FALSE,
-        metavar="off|f1max|val_quantile|fixed:VALUE",
-        help="P-TRUE and P-FALSE, recall and 1 - precision of all pixels of a category: at the best P-F1, at the 0.995 "
-        "quantile of normal images, or at a map's value",
-    )
-    group.add_argument(
-        "--scoring",
-        choices=get_args(Scoring),
-        default="reconstruction",
-        help="test phase: prototype scores by the distance to the image's own nearest prototype, without the decoder",
-    )
-    group.add_argument(
-        "--test_checkpoint",
-        metavar="FILE",
-        help="test phase: evaluate this model.pth, trained on whatever data, instead of the run's own (zero-shot)",
-    )
-    group.add_argument(
-        "--metrics_memory",
-        type=number(float, 1e-3),
-        metavar="GB",
-        help="for a category's pixel metrics, beyond it from bins with a stated error (default: half of what is free)",
-    )
 
 
 def _add_output_flags(group, host: Host) -> None:
