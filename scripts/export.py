@@ -28,7 +28,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--checkpoint", type=Path, required=True, help="model.pth of a training")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE.binaryad|FILE.onnx")
     parser.add_argument(
-        "--encoder_weights", "--teacher_weights", metavar="FILE", help="the training's encoder weights, if it was given some"
+        "--encoder_weights", "--teacher_weights", metavar="FILE", help="if the file that the training was given has moved"
     )
     packed = parser.add_argument_group("packed file", "precisions are for binary models: RAAD is quantized to bits of its own")
     packed.add_argument("--encoder_precision", choices=ENCODER_PRECISIONS, help="default int8")
