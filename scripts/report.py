@@ -52,7 +52,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--measure", action="store_true", help="time every model here, on one thread; timing.json keeps it")
     parser.add_argument("--repeats", type=number(int, 1), default=9, help="of --measure: rounds in which every model runs once")
     parser.add_argument(
-        "--encoder_weights", "--teacher_weights", metavar="FILE", help="of --measure: if the file that the trainings were given has moved"
+        "--encoder_weights",
+        "--teacher_weights",
+        metavar="FILE",
+        help="of --measure: if the file that the trainings were given has moved",
     )
     parser.add_argument("--quiet", action="store_true", help="warnings only")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
