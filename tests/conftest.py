@@ -15,6 +15,7 @@ import Binary_INP_Multi_Class
 import Binary_INP_Single_Class
 from models.build import RANDOM_TINY_ENCODER, build_encoder, build_inp_former
 from models.encoder import state_sha256
+from tests.commands import Commands
 from tests.miniature import TINY_FLAGS, make_mvtec
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -72,6 +73,14 @@ def train_few(train):
 def train_dinomaly(train):
     """`train` with Dinomaly's script."""
     return partial(train, script=Binary_Dinomaly)
+
+
+@pytest.fixture(scope="session")
+def commands(tmp_path_factory):
+    """Real commands, forked from a process that has imported everything (see `tests.commands`)."""
+    started = Commands(tmp_path_factory.mktemp("commands"))
+    yield started
+    started.close()
 
 
 @pytest.fixture
