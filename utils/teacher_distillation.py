@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 import math
+import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -17,20 +18,36 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from common import schema
 from common.errors import Interrupted, NumericError, UserError
 from datasets.images import DEFAULT_MAX_PIXELS
 from models.feature_sources import FeatureSource
 from models.patch_description import TEACHER_CHANNELS, PatchDescriptionNetwork
-from utils.checkpoint import atomic_write, load_checkpoint, save_checkpoint
+from utils.checkpoint import atomic_write, load_checkpoint, require, save_checkpoint
 from utils.devices import autocast
 from utils.distillation_data import ChannelStatistics, DistillationOptions, ImagePairs, NumberedBatches
 from utils.loading import loaded_batches
+from utils.optim import load_optimizer
 from utils.stopping import StopRequest
+from utils.trained_state import fitting_state
 from utils.training import iterations_per_epoch
 
 logger = logging.getLogger(__name__)
 
 _RECENT = 100  # iterations whose mean loss is reported
+_NEEDS = {
+    "optimizer": schema.mapping,
+    "iteration": schema.whole(0, sys.maxsize),
+    "losses": schema.sequence_of(schema.real(), 0, _RECENT),
+    "statistics": schema.fields(
+        {
+            "total": schema.tensor,
+            "squares": schema.tensor,
+            "images": schema.whole(0, sys.maxsize),
+            "pixels": schema.whole(0, sys.maxsize),
+        }
+    ),
+}
 
 
 class Distillation:
@@ -95,6 +112,7 @@ class Distillation:
         content = load_checkpoint(self.state_file)
         if content["stage"] != "distillation":
             raise UserError(f"cannot resume: {str(self.state_file)!r} is no distillation's state; choose another --output")
+        require(content, _NEEDS, self.state_file)
         stored = {**content["config"], "source": content["encoder"], "weights of the source": content["encoder_sha256"]}
         wanted = {**self.identity, "source": self.source.name, "weights of the source": self.source.weights_sha256}
         for name, value in wanted.items():
@@ -103,8 +121,10 @@ class Distillation:
                     f"cannot resume: {str(self.state_file)!r} was saved with {name} {stored.get(name)!r}, this command has "
                     f"{value!r}; repeat the first command's flags, or choose another --output"
                 )
-        self.network.load_state_dict(content["model"])
-        self.optimizer.load_state_dict(content["optimizer"])
+        self.network.load_state_dict(fitting_state(content["model"], self.network.state_dict(), self.state_file))
+        load_optimizer(self.optimizer, content["optimizer"], self.state_file)
+        sums = {name: getattr(self.statistics, name) for name in ("total", "squares")}
+        fitting_state({name: content["statistics"][name] for name in sums}, sums, self.state_file)
         vars(self.statistics).update(content["statistics"])
         self.iteration, self.losses = content["iteration"], content["losses"]
         logger.info("resumed from %s at iteration %d", self.state_file, self.iteration)
