@@ -44,8 +44,8 @@ def read_torch_file(path: Path, kind: str, remedy: str, allow_old_format: bool =
     except Exception as error:  # torch has no common class for what a broken or hostile file raises
         if "weights_only" in str(error).lower() or "unsupported global" in str(error).lower():
             raise UserError(
-                f"{kind} refused: {str(path)!r} holds Python objects besides tensors and is not opened; give a file with "
-                "nothing but tensors"
+                f"{kind} refused: {str(path)!r} holds Python objects besides tensors and is not opened; give one "
+                "of tensors alone, as of a state_dict()"
             ) from error
         raise UserError(f"{kind} damaged: {str(path)!r} cannot be read ({type(error).__name__}); {remedy}") from error
 

@@ -1,5 +1,7 @@
 """Faults that are put into a command before it begins (see `tests.commands`, `plug`)."""
 
+from pathlib import Path
+
 import utils.run_folder
 
 
@@ -10,3 +12,14 @@ def raise_unexpectedly() -> None:
         raise TypeError("a bug")
 
     utils.run_folder.write_results = write_results
+
+
+def keep_training_state() -> None:
+    """A finished training leaves its last.pth, as one that ends before its last evaluation does."""
+    unlink = Path.unlink
+
+    def unlink_others(path: Path, *arguments, **options) -> None:
+        if path.name != "last.pth":
+            unlink(path, *arguments, **options)
+
+    Path.unlink = unlink_others

@@ -146,7 +146,7 @@ def load_checkpoint(path: Path, needs: Mapping[str, Check] | None = None, may: M
 
 
 def require(content: dict, needs: Mapping[str, Check], path: Path, may: Mapping[str, Check] | None = None) -> None:
-    """Raise UserError unless all that is needed is in a checkpoint's content and is what it should be (see `load_checkpoint`)."""
+    """Raise UserError unless a checkpoint's content has all that is needed, each as it should be (see `load_checkpoint`)."""
     try:
         schema.fields(needs, may, unknown=True)(content, "")
     except ValueError as error:

@@ -4,7 +4,6 @@ Recipe of EfficientAD (Batzner et al., WACV 2024, appendix A): targets normalise
 """
 
 import hashlib
-import json
 import logging
 import math
 import sys
@@ -23,6 +22,7 @@ from common.errors import Interrupted, NumericError, UserError
 from datasets.images import DEFAULT_MAX_PIXELS
 from models.feature_sources import FeatureSource
 from models.patch_description import TEACHER_CHANNELS, PatchDescriptionNetwork
+from models.weight_files import HASH_KEY, state_sha256, with_sorted_metadata
 from utils.checkpoint import atomic_write, load_checkpoint, require, save_checkpoint
 from utils.devices import autocast
 from utils.distillation_data import ChannelStatistics, DistillationOptions, ImagePairs, NumberedBatches
@@ -216,7 +216,9 @@ class Distillation:
     def export(self) -> None:
         """Write the teacher's file, with what it was made of as metadata."""
         count = len(self.data.paths)
+        state = {name: value.detach().cpu().contiguous() for name, value in self.network.state_dict().items()}
         metadata = {
+            HASH_KEY: state_sha256(state),
             "source": f"distilled from {self.source.source}: {count} images, {self.iteration} iterations of "
             f"{self.options.batch_size}, seed {self.options.seed}",
             "feature_source": self.source.name,
@@ -227,19 +229,8 @@ class Distillation:
             "loss": self.recent_loss,
             **asdict(self.options),
         }
-        state = {name: value.detach().cpu().contiguous() for name, value in self.network.state_dict().items()}
-        content = _ordered(safetensors.torch.save(state, {name: str(value) for name, value in metadata.items()}))
+        content = with_sorted_metadata(safetensors.torch.save(state, {name: str(value) for name, value in metadata.items()}))
         atomic_write(self.output, lambda file: file.write(content))
-
-
-def _ordered(content: bytes) -> bytes:
-    """A safetensors file with sorted metadata: their order is random otherwise, and equal runs shall give equal files."""
-    length = int.from_bytes(content[:8], "little")
-    header = json.loads(content[8 : 8 + length])
-    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # tensors start at multiples of eight bytes
-    return len(text).to_bytes(8, "little") + text + content[8 + length :]
 
 
 def state_file(output: Path) -> Path:
