@@ -2,6 +2,11 @@
 
 from pathlib import Path
 
+import huggingface_hub.constants
+import torch
+
+import models.encoder
+import models.teacher
 import utils.run_folder
 
 
@@ -23,3 +28,16 @@ def keep_training_state() -> None:
             unlink(path, *arguments, **options)
 
     Path.unlink = unlink_others
+
+
+def old_torch() -> None:
+    """A torch from before weights_only was safe."""
+    torch.__version__ = "2.5.1"
+
+
+def no_network(folder: str) -> None:
+    """No connection, and of all weights only what a folder holds: `weights` and the hub's cache `hub`."""
+    models.encoder._hub_is_reachable = lambda: False
+    models.encoder.LOCAL_WEIGHTS_FOLDER = Path(folder) / "weights"
+    models.teacher.LOCAL_WEIGHTS_FOLDER = Path(folder) / "weights"
+    huggingface_hub.constants.HF_HUB_CACHE = str(Path(folder) / "hub")

@@ -47,8 +47,9 @@ def network_flags(host: Host) -> dict[str, Check]:
 
 
 def check_network(config: Mapping[str, object], host: Host) -> None:
-    """Raise ValueError unless a configuration has all that determines the network, within limits."""
-    schema.fields(network_flags(host), unknown=True)(config, "config")
+    """Raise ValueError unless a training's configuration has all that determines the network, within limits."""
+    checks = {name: schema.optional(check) if name == "output_bits" else check for name, check in network_flags(host).items()}
+    schema.fields(checks, unknown=True)(config, "config")  # a float model of RAAD has no bits
 
 
 def protocol(host: Host) -> Check:
