@@ -66,6 +66,14 @@ def tensor(value: object, name: str) -> None:
         raise expected(name, "a tensor", value)
 
 
+def no_tensors(value: object, name: str) -> None:
+    """Anything without a tensor in it, so that it can be compared and printed."""
+    if isinstance(value, Tensor):
+        raise ValueError(f"{name} should be no tensor")
+    for key, part in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else ():
+        no_tensors(part, f"{name}[{key!r:.{_LONGEST}}]")
+
+
 def mapping(value: object, name: str) -> None:
     """Any mapping from text."""
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):

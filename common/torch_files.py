@@ -1,6 +1,7 @@
 """Files of torch.save, opened without running code and without taking much more memory than they have bytes."""
 
 import re
+import warnings
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -40,7 +41,8 @@ def read_torch_file(path: Path, kind: str, remedy: str, allow_old_format: bool =
     elif not (allow_old_format and start == b"\x80\x02"):  # a pickle
         raise UserError(f"{kind} damaged: {str(path)!r} is no torch file (no zip archive); {remedy}")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # about other protocols of pickles, which it reads or does not
+            return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch has no common class for what a broken or hostile file raises
         if "weights_only" in str(error).lower() or "unsupported global" in str(error).lower():
             raise UserError(
@@ -89,12 +91,13 @@ def check_tensors(values: Iterable[tuple[str, object]], size: int) -> None:
 
 
 def is_ordinary_tensor(value: object) -> bool:
-    """A dense tensor of plain numbers on the CPU."""
+    """A dense tensor of real numbers on the CPU."""
     return (
         type(value) in (Tensor, nn.Parameter)
         and value.layout == torch.strided
         and value.device.type == "cpu"
         and not value.is_quantized
+        and not value.is_complex()
     )
 
 

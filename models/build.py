@@ -92,7 +92,8 @@ def build_encoder(
         return _tapped(vit, name, taps, source, state_sha256(state), _count(state))
     state, source = find_weights(name, numbers.timm_name, weights_file)  # first: it may fail, and a large network takes a while
     vit = _build_vit(name, crop_size)
-    sha256 = load_encoder_weights(vit, state, crop_size // numbers.patch_size, position_embedding, source)
+    file = repr(str(weights_file)) if weights_file else source
+    sha256 = load_encoder_weights(vit, state, crop_size // numbers.patch_size, position_embedding, file)
     return _tapped(vit, name, taps, source, sha256, _count(to_timm_names(state)))
 
 

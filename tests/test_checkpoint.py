@@ -104,12 +104,11 @@ def test_no_flipped_bit_changes_what_is_read(path):
         path.write_bytes(flipped(before, position, position % 8))
         try:
             found = load_checkpoint(path)
-        except UserError as error:
-            assert str(path) in str(error)
+        except UserError:
             refused += 1
-        else:
-            assert torch.equal(found.pop("model")["weight"], content["model"]["weight"])
-            assert found == {name: value for name, value in content.items() if name != "model"}
+            continue
+        assert torch.equal(found.pop("model")["weight"], content["model"]["weight"])
+        assert found == {name: value for name, value in content.items() if name != "model"}
     assert refused > 250
 
 

@@ -189,7 +189,10 @@ UNUSABLE_STATES = [
     (put("iteration", "4"), "iteration should be an integer"),
     (put("stage", 7), "stage should be 0 or 1 or 2"),
     (put("optimizer/param_groups/0/eps", 1.0), "eps should be 1e-10, found 1.0"),
-    (put("optimizer/state/0/first_moment", torch.zeros(3)), "first_moment has shape (3,) for a parameter of shape"),
+    (
+        put("optimizer/state/0/first_moment", torch.zeros(3)),
+        "first_moment has shape (3,) and torch.float32 for",
+    ),
     (put("model/prototype_token", NOT_A_NUMBER), "values that are not finite in ['prototype_token']"),
     (put("model/prototype_token", torch.zeros(7, 32)), "prototype_token has (7, 32) instead of (6, 32)"),
     (put("model/prototype_token", torch.zeros(6, 32, dtype=torch.float16)), "prototype_token has torch.float16 instead of"),

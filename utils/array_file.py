@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import socket
+import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -180,11 +181,12 @@ def open_array(path: Path, count: int, dtype: type, subject: str) -> MappedArray
     try:
         status = path.stat()
         if _is_as_written(path, status.st_size, status.st_mtime_ns, status.st_ino):
-            array = MappedArray(path)
+            with warnings.catch_warnings(action="ignore"):
+                array = MappedArray(path)
             if len(array) == count and array.rows.dtype == dtype:
                 return array
-    except (OSError, ValueError, EOFError):
-        pass
+    except Exception:  # numpy has no common class for what a broken header raises
+        logger.debug("%s", path, exc_info=True)
     logger.warning("%s cache: %s is damaged and is made anew", subject, path)
     return None
 

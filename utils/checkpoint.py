@@ -23,6 +23,7 @@ FORMAT_VERSION = 2
 _KIND = "binaryad-checkpoint"
 _REMEDY = "use another copy or train again"
 _HASHED: Mapping[str, Check] = {"model": schema.mapping_to(schema.tensor), "model_sha256": schema.sha256}
+_WITH_TENSORS = ("model", "optimizer", "statistics")
 _ALWAYS: Mapping[str, Check] = {
     "stage": schema.one_of(0, 1, 2, "distillation"),
     "config": schema.mapping,
@@ -138,6 +139,8 @@ def load_checkpoint(path: Path, needs: Mapping[str, Check] | None = None, may: M
     except ValueError as error:
         raise UserError(f"checkpoint damaged: in {str(path)!r} {error}; {_REMEDY}") from error
     _check_hashes(content, path)
+    described = {key: schema.no_tensors for key in content if key not in _WITH_TENSORS}
+    require(content, described, path)
     require(content, {**_ALWAYS, **(needs or {})}, path, may)
     damaged = not_finite(content["model"])
     if damaged:

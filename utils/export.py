@@ -143,7 +143,7 @@ def export_packed(
             "be in the file as it is; give --encoder_precision fp32 without --encoder_reference"
         )
     if content["config"]["act_bits"] == 1 and content["stage"] > 0:
-        _prove(detector, content)
+        _prove(detector, content, checkpoint)
     packed = packed_copy(detector, options)
     decision, scale = _decision(packed, content, threshold)
     content = _with_scale(content, scale)
@@ -186,13 +186,14 @@ def export_graph(checkpoint: Path, output: Path, threshold: ThresholdOptions, en
     logger.info("ONNX Runtime and torch: maps of noise differ by at most %.1e where no bit lies at its threshold", difference)
 
 
-def _prove(detector: Detector, content: dict) -> None:
+def _prove(detector: Detector, content: dict, checkpoint: Path) -> None:
     """Compare the decoder on bits with the trained one on two images of noise; raises NumericError if they are two models."""
     agreement = compare_on_bits(detector, _features_of_noise(detector, content))
     logger.info("on bits, two images of noise: %s", agreement.describe())
     if agreement.differing > _LARGEST_SHARE_DIFFERING * agreement.decisions:
         raise NumericError(
-            f"the packed model is not the trained one: {agreement.describe()}; nothing was written, please report this"
+            f"the packed model is not the trained one of {str(checkpoint)!r}: {agreement.describe()}; nothing was written, "
+            "please report this"
         )
 
 

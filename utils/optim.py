@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from common.errors import UserError
-from common.schema import expected, fields, mapping, real, sequence_of
+from common.schema import expected, fields, mapping, no_tensors, real, sequence_of, tensor
 
 DEFAULT_WARMUP = 100
 OPTIMIZERS = ("stable_adamw", "adamw", "adam")
@@ -72,6 +72,13 @@ class StableAdamW(Optimizer):
         parameter.sub_(first / denominator * (group["lr"] / (1 - beta1 ** state["step"]) / shrink))
 
 
+_MOMENTS = {
+    StableAdamW: ("first_moment", "second_moment", "second_moment_maximum"),
+    torch.optim.AdamW: ("exp_avg", "exp_avg_sq"),
+    torch.optim.Adam: ("exp_avg", "exp_avg_sq"),
+}
+
+
 def build_optimizer(name: str, groups: list[dict], rate: float, betas: tuple[float, float], eps: float) -> Optimizer:
     """One of `OPTIMIZERS` over parameter groups that bring their weight decay."""
     kind = {"stable_adamw": StableAdamW, "adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[name]
@@ -86,6 +93,7 @@ def load_optimizer(optimizer: Optimizer, stored: dict, path: Path) -> None:
     """
     try:
         fields({"state": _any_mapping, "param_groups": sequence_of(mapping)})(stored, "optimizer")
+        no_tensors(stored["param_groups"], "optimizer.param_groups")
         groups = optimizer.param_groups
         if len(stored["param_groups"]) != len(groups):
             raise ValueError(f"it has {len(stored['param_groups'])} groups of parameters instead of {len(groups)}")
@@ -94,12 +102,16 @@ def load_optimizer(optimizer: Optimizer, stored: dict, path: Path) -> None:
             _check_group(group, found, start=len(numbered))
             numbered |= dict(zip(found["params"], group["params"], strict=True))
         for number, state in stored["state"].items():
-            _check_moments(state, numbered.get(number), number)
+            _check_moments(state, numbered.get(number), number, _MOMENTS[type(optimizer)])
     except ValueError as error:
         raise UserError(
             f"checkpoint unusable: the optimizer's state in {str(path)!r} does not fit ({error}); start anew with --overwrite"
         ) from error
-    optimizer.load_state_dict(stored)
+    moments = {
+        number: {name: value.clone() if isinstance(value, Tensor) else value for name, value in state.items()}
+        for number, state in stored["state"].items()
+    }  # in a file two of them may be one memory
+    optimizer.load_state_dict({**stored, "state": moments})
 
 
 def _any_mapping(value: object, name: str) -> None:
@@ -118,17 +130,23 @@ def _check_group(group: dict, found: dict, start: int) -> None:
             raise expected(name, repr(value), found.get(name))
 
 
-def _check_moments(state: object, parameter: Tensor | None, number: object) -> None:
-    if parameter is None or not isinstance(state, dict):
+def _check_moments(state: object, parameter: Tensor | None, number: object, moments: tuple[str, ...]) -> None:
+    if parameter is None:
         raise ValueError(f"it has a state for {number!r}, which is no parameter")
-    for name, value in state.items():
-        if isinstance(value, Tensor) and name != "step":
-            if value.shape != parameter.shape:
-                raise ValueError(f"{name} has shape {tuple(value.shape)} for a parameter of shape {tuple(parameter.shape)}")
-            if not value.isfinite().all():
-                raise ValueError(f"{name} has values that are not finite")
-        else:
-            real(0)(value.item() if isinstance(value, Tensor) else value, str(name))
+    fields({"step": _step, **dict.fromkeys(moments, tensor)})(state, f"state[{number}]")
+    for name in moments:
+        value = state[name]
+        if value.dtype != parameter.dtype or value.shape != parameter.shape:
+            raise ValueError(
+                f"{name} has shape {tuple(value.shape)} and {value.dtype} for a parameter of shape {tuple(parameter.shape)} "
+                f"and {parameter.dtype}"
+            )
+        if not value.isfinite().all():
+            raise ValueError(f"{name} has values that are not finite")
+
+
+def _step(value: object, name: str) -> None:
+    real(0)(value.item() if isinstance(value, Tensor) and value.numel() == 1 else value, name)
 
 
 def warmup_length(total_iterations: int, wanted: int = DEFAULT_WARMUP) -> int:
