@@ -20,7 +20,11 @@ _HASH_FIELD = re.compile(rb'\\"sha256\\": \\"([0-9a-f]{64})\\"')  # JSON within 
 _TYPES = (torch.int8, torch.uint8, torch.int16, torch.float16, torch.bfloat16, torch.float32)
 _COMPRESSIBLE = {str(kind).removeprefix("torch."): kind for kind in _TYPES}
 _MARKER = b'{"__metadata__":{"binaryad":'
-_LARGEST_HEADER = 100_000_000  # the limit of the safetensors format
+_LARGEST_HEADER = 16_000_000  # of the largest network here it has a hundred thousand
+_LARGEST_RATIO, _SMALL = (
+    8,
+    1_000_000,
+)  # bytes of all tensors for one of the file: no Huffman code has less than a bit for a byte
 # what a file that was written wrongly, or with bad intent, can lead to
 _MALFORMED = (
     LookupError,
@@ -69,8 +73,11 @@ def from_bytes(content: bytes, name: str) -> tuple[dict[str, Tensor], dict]:
     try:
         if version != FORMAT_VERSION:
             raise ValueError(f"format {version!r}")
-        stored = safetensors.torch.load(content)
-        for tensor, kind in description.pop("compressed").items():
+        stored, compressed = safetensors.torch.load(content), description.pop("compressed")
+        swollen = sum(math.prod(kind["shape"]) * _COMPRESSIBLE[kind["dtype"]].itemsize for kind in compressed.values())
+        if swollen > _LARGEST_RATIO * len(content) + _SMALL:
+            raise ValueError(f"a file of {len(content):,} bytes that would become {swollen:,}")
+        for tensor, kind in compressed.items():
             stored[tensor] = _decompressed(stored[tensor], **kind)
     except _MALFORMED as error:
         raise UserError(f"model unusable: {name!r} was written wrongly ({error!r}); export it again") from error

@@ -5,6 +5,7 @@ Exit codes: 0 ok, 2 usage or data, 3 numeric failure, 4 environment (disk, memor
 
 import re
 
+_LONGEST, _LAST = 1900, 300  # letters of a message, and of its end, which says what to do
 _WORKER_PREFIX = re.compile(r"^Caught \w+ in DataLoader worker process \d+\.", re.MULTILINE)
 
 
@@ -15,13 +16,19 @@ def _without_worker_traceback(message: str, class_name: str) -> str:
     return message.rsplit(f"{class_name}: ", 1)[-1].strip()
 
 
+def _one_line(message: str) -> str:
+    """The message as one line that a terminal can show: what it quotes from files may be anything, and of any length."""
+    line = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in message)
+    return line if len(line) <= _LONGEST else f"{line[: _LONGEST - _LAST]} ... {line[-_LAST:]}"
+
+
 class CommandError(Exception):
     """Base of all errors whose message is meant for the user."""
 
     exit_code = 1
 
     def __init__(self, message: str):
-        super().__init__(_without_worker_traceback(message, type(self).__name__))
+        super().__init__(_one_line(_without_worker_traceback(message, type(self).__name__)))
 
 
 class UserError(CommandError):

@@ -86,12 +86,14 @@ def build_encoder(
 ) -> FrozenEncoder:
     """The frozen encoder `name` for crop_size x crop_size images; raises UserError if its weights cannot be had."""
     numbers = ENCODERS[name]
-    vit = _build_vit(name, crop_size)
     if name == RANDOM_TINY_ENCODER:
+        vit = _build_vit(name, crop_size)
         state, source = vit.state_dict(), "random weights, for tests only"
         return _tapped(vit, name, taps, source, state_sha256(state), _count(state))
-    state, source = find_weights(name, numbers.timm_name, weights_file)
-    sha256 = load_encoder_weights(vit, state, crop_size // numbers.patch_size, position_embedding, source)
+    state, source = find_weights(name, numbers.timm_name, weights_file)  # first: it may fail, and a large network takes a while
+    vit = _build_vit(name, crop_size)
+    file = repr(str(weights_file)) if weights_file else source
+    sha256 = load_encoder_weights(vit, state, crop_size // numbers.patch_size, position_embedding, file)
     return _tapped(vit, name, taps, source, sha256, _count(to_timm_names(state)))
 
 

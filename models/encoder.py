@@ -1,14 +1,13 @@
 """The frozen vision transformer: where its weights come from, how they are read, and which tokens leave it."""
 
-import hashlib
 import logging
 import math
 import os
+import re
 import socket
 import urllib.request
 from pathlib import Path
 
-import safetensors.torch
 import timm
 import torch
 import torch.nn.functional as F
@@ -16,11 +15,12 @@ from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from common.errors import UserError
-from models.weight_files import read_state_dict
+from models.weight_files import check_file_hash, read_state_dict, state_sha256
 
 logger = logging.getLogger(__name__)
 
 LOCAL_WEIGHTS_FOLDER = Path(__file__).resolve().parent.parent / "weights"
+_PREFIXES = re.compile(r"^(module\.|_orig_mod\.|backbone\.)*")  # of wrappers
 _POSITION_OFFSET = 0.1  # of the DINOv2 reference: the grid is scaled by (new + 0.1) / old
 
 
@@ -120,7 +120,7 @@ def resample_position_grid(table: Tensor, grid: int, prefix: int, mode: str) -> 
 
 def to_timm_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Rename a facebookresearch/dinov2 state dict to timm's names; a state dict in timm's names passes unchanged."""
-    state = {name.removeprefix("module.").removeprefix("backbone."): value for name, value in state.items()}
+    state = {_PREFIXES.sub("", name): value for name, value in state.items()}
     state.pop("mask_token", None)  # only used in pre-training
     state = {name: value for name, value in state.items() if not name.startswith("head.")}
     if "register_tokens" in state:
@@ -131,16 +131,6 @@ def to_timm_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
             state["cls_token"] = token + positions[:, :1]
             state["pos_embed"] = positions[:, 1:]
     return state
-
-
-def state_sha256(state: dict[str, Tensor]) -> str:
-    """Hash of names, shapes, types and bytes of a state dict, independent of the file that held it."""
-    digest = hashlib.sha256()
-    for name in sorted(state):
-        value = state[name].detach().cpu().contiguous()
-        digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
-        digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def read_weights_file(path: Path) -> tuple[dict[str, Tensor], str]:
@@ -177,11 +167,17 @@ def _hub_weights(encoder_name: str, timm_name: str) -> tuple[dict[str, Tensor], 
             if encoder_name == "dinov2_vit_small_14"
             else ""
         )
+        target = LOCAL_WEIGHTS_FOLDER / f"{encoder_name}.safetensors"
         raise UserError(
             f"no weights for {encoder_name}: model.safetensors of https://huggingface.co/{repository} is neither cached "
-            f"nor can it be downloaded now; fetch that file elsewhere and give --encoder_weights FILE{fetch}"
+            f"nor can it be downloaded now; fetch https://huggingface.co/{repository}/resolve/main/model.safetensors elsewhere "
+            f"and save it as {str(target)!r}, or give --encoder_weights FILE{fetch}"
         ) from error
-    return safetensors.torch.load_file(path), f"https://huggingface.co/{repository}"
+    cached = Path(path).resolve()  # of a large file the hub's cache calls the content by its sha256
+    if re.fullmatch(r"[0-9a-f]{64}", cached.name):
+        check_file_hash(cached, cached.name, f"weights of {encoder_name}", "its name in the hub's cache")
+    state, _ = read_state_dict(Path(path), f"weights of {encoder_name}", "--encoder_weights")
+    return state, f"https://huggingface.co/{repository}"
 
 
 def find_weights(encoder_name: str, timm_name: str, weights_file: str | None) -> tuple[dict[str, Tensor], str]:

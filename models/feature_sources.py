@@ -18,7 +18,7 @@ from torchvision.models import Wide_ResNet101_2_Weights, wide_resnet101_2
 from common.errors import UserError
 from models.build import ENCODERS, build_encoder
 from models.encoder import LOCAL_WEIGHTS_FOLDER, FrozenEncoder, state_sha256
-from models.weight_files import read_state_dict
+from models.weight_files import check_file_hash, read_state_dict
 
 EFFICIENTNET_LITE0 = "efficientnet_lite0"
 WIDE_RESNET = "wide_resnet101_2"
@@ -180,6 +180,10 @@ def _wide_resnet_weights() -> tuple[dict[str, Tensor], str]:
     if local.is_file():
         return read_state_dict(local, "weights of the feature source", "--source")
     weights = Wide_ResNet101_2_Weights.IMAGENET1K_V1
+    name = weights.url.rpartition("/")[2]
+    cached = Path(torch.hub.get_dir()) / "checkpoints" / name  # torchvision trusts what is there
+    if cached.is_file():
+        check_file_hash(cached, name.removesuffix(".pth").rpartition("-")[2], "weights of the feature source", "its name")
     try:
         return weights.get_state_dict(check_hash=True, weights_only=True), f"torchvision {weights}"
     except (URLError, OSError, RuntimeError) as error:

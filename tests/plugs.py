@@ -5,6 +5,13 @@ from collections.abc import Callable
 
 import torch
 
+from pathlib import Path
+
+import huggingface_hub.constants
+import torch
+
+import models.encoder
+import models.teacher
 import utils.run_folder
 from models.detector import Detector
 
@@ -45,3 +52,25 @@ def _change_maps(change: Callable[[torch.Tensor], torch.Tensor]) -> None:
         kinds += kind.__subclasses__()
         if kind is not Detector and "anomaly_map" in vars(kind):
             kind.anomaly_map = wrapped(kind.anomaly_map)
+def keep_training_state() -> None:
+    """A finished training leaves its last.pth, as one that ends before its last evaluation does."""
+    unlink = Path.unlink
+
+    def unlink_others(path: Path, *arguments, **options) -> None:
+        if path.name != "last.pth":
+            unlink(path, *arguments, **options)
+
+    Path.unlink = unlink_others
+
+
+def old_torch() -> None:
+    """A torch from before weights_only was safe."""
+    torch.__version__ = "2.5.1"
+
+
+def no_network(folder: str) -> None:
+    """No connection, and of all weights only what a folder holds: `weights` and the hub's cache `hub`."""
+    models.encoder._hub_is_reachable = lambda: False
+    models.encoder.LOCAL_WEIGHTS_FOLDER = Path(folder) / "weights"
+    models.teacher.LOCAL_WEIGHTS_FOLDER = Path(folder) / "weights"
+    huggingface_hub.constants.HF_HUB_CACHE = str(Path(folder) / "hub")

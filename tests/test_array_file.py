@@ -91,6 +91,17 @@ def test_parts_are_whole_blocks_that_cover_every_row_once(processes, monkeypatch
     assert rows == list(range(11))
 
 
+def test_every_changed_byte_is_noticed(tmp_path):
+    file = array_file(tmp_path)
+    file.make(blocks_of_four, 4)
+    content = file.path.read_bytes()
+    for position in range(len(content)):
+        changed = file.path.with_name(f"{position}.npy")
+        changed.write_bytes(content[:position] + bytes([content[position] ^ 1]) + content[position + 1 :])
+        assert open_array(changed, 11, np.float32, "feature") is None
+    assert open_array(file.path, 11, np.float32, "feature") is not None
+
+
 @pytest.mark.parametrize("damage", [lambda data: data[:-1], lambda data: data[:50], lambda data: b"", lambda data: b"x" * 400])
 def test_damaged_file_is_not_opened(tmp_path, damage, caplog):
     file = array_file(tmp_path)

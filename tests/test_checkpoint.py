@@ -13,7 +13,9 @@ import safetensors.torch
 import torch
 
 from common.errors import ResourceError, UserError
+from common.plain_content import content_sha256
 from tests.conftest import REPOSITORY
+from tests.model_damages import Attack, flipped, positions
 from utils.checkpoint import FORMAT_VERSION, atomic_write, load_checkpoint, save_checkpoint
 
 CONTENT = {
@@ -23,16 +25,6 @@ CONTENT = {
     "encoder": "tiny",
     "encoder_sha256": "0",
 }
-
-
-class Attack:
-    """Creates a file when unpickled."""
-
-    def __init__(self, marker):
-        self.marker = marker
-
-    def __reduce__(self):
-        return open, (str(self.marker), "w")
 
 
 @pytest.fixture
@@ -55,8 +47,26 @@ def flip_a_byte_of_the_tensors(path):
     path.write_bytes(content)
 
 
+def flip_a_byte_of_the_description(path):
+    content = path.read_bytes()
+    path.write_bytes(content.replace(b"Folder", b"Folded", 1))
+
+
 def save_other_format(path):
     torch.save({**torch.load(path, weights_only=True), "format_version": FORMAT_VERSION + 1}, path)
+
+
+def save_unchecked(path, **changes):
+    content = {**torch.load(path, weights_only=True), **changes}
+    torch.save({name: value for name, value in content.items() if value is not None}, path)
+
+
+def nested() -> list:
+    """A list of ten times the same list of ten times the same ...: few bytes, and more values than anybody can visit."""
+    values: list = [0]
+    for _ in range(24):
+        values = [values] * 10
+    return values
 
 
 DAMAGES = {
@@ -65,6 +75,13 @@ DAMAGES = {
     "no zip archive": lambda path: path.write_text("<html>404 Not Found</html>"),
     "cannot be read": lambda path: path.write_bytes(path.read_bytes()[:-3000]),
     "do not match their hash": flip_a_byte_of_the_tensors,
+    "does not match its hash": flip_a_byte_of_the_description,
+    "is larger than the file": lambda path: save_unchecked(path, model={"weight": torch.zeros(1).expand(10**6, 10**6)}),
+    "is no ordinary tensor": lambda path: save_unchecked(path, model={"weight": torch.eye(3).to_sparse()}),
+    "is nested without end": lambda path: save_unchecked(path, config=nested()),
+    "'model_sha256' is missing": lambda path: save_unchecked(path, model_sha256=None),
+    "model should be a mapping": lambda path: save_unchecked(path, model=[1]),
+    "format_version should be an integer": lambda path: save_unchecked(path, format_version="2"),
     "of another program": lambda path: torch.save({"state_dict": CONTENT["model"]}, path),
     "too new": save_other_format,
 }
@@ -76,6 +93,49 @@ def test_every_damage_has_its_sentence(path, expected):
     with pytest.raises(UserError, match=expected) as error:
         load_checkpoint(path)
     assert str(path) in str(error.value)
+
+
+def test_no_flipped_bit_changes_what_is_read(path):
+    """A bit that nobody reads, as in padding, may be any; every other one is noticed."""
+    save_checkpoint(path, {**CONTENT, "model": {"weight": torch.arange(40.0)}})
+    before, content = path.read_bytes(), load_checkpoint(path)
+    refused = 0
+    for position in positions(before, 600):
+        path.write_bytes(flipped(before, position, position % 8))
+        try:
+            found = load_checkpoint(path)
+        except UserError:
+            refused += 1
+            continue
+        assert torch.equal(found.pop("model")["weight"], content["model"]["weight"])
+        assert found == {name: value for name, value in content.items() if name != "model"}
+    assert refused > 250
+
+
+def test_checkpoints_of_the_first_format_are_read(path):
+    content = torch.load(path, weights_only=True)
+    del content["content_sha256"]
+    torch.save({**content, "format_version": 1}, path)
+    assert load_checkpoint(path)["config"] == CONTENT["config"]
+    torch.save({**content, "format_version": 1, "model_sha256": "0" * 64}, path)
+    with pytest.raises(UserError, match="do not match their hash"):
+        load_checkpoint(path)
+
+
+@pytest.mark.parametrize("value", [object(), {1, 2}, b"bytes", 1j, torch.eye(2).to_sparse()])
+def test_what_could_not_be_read_is_not_saved(path, value):
+    before = path.read_bytes()
+    with pytest.raises(TypeError, match="has no hash"):
+        save_checkpoint(path, {**CONTENT, "extra": [value]})
+    assert path.read_bytes() == before
+
+
+def test_the_hash_depends_on_every_value_its_type_and_its_place():
+    contents = [{"a": value} for value in (0, 1, 0.0, -0.0, "0", False, None, [], (), {}, [0], [[0]], "", "list 0\n")]
+    contents += [{"a": torch.zeros(shape, dtype=kind)} for shape in (1, 2, (1, 1), ()) for kind in (torch.float32, torch.int32)]
+    contents += [{}, {"b": 0}, {"a": [0], "b": 1}, {"a": 0, "b": [1]}, {"a": [0, 1]}, {"a": [[0], 1]}, {0: 1}, {"0": 1}]
+    assert len({content_sha256(content) for content in contents}) == len(contents)
+    assert content_sha256({"a": 1, "b": 2.0}) == content_sha256({"b": 2.0, "a": 1})
 
 
 def test_safetensors_under_another_name(path):

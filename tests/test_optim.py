@@ -1,12 +1,15 @@
 """StableAdamW against a plain float64 loop, and pinned values of the learning rate schedule."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch.optim import Optimizer
 
-from utils.optim import StableAdamW, learning_rate, warmup_length
+from common.errors import UserError
+from utils.optim import StableAdamW, build_optimizer, learning_rate, load_optimizer, warmup_length
 
 SHAPES = [(3, 4), (5,), ()]
 
@@ -219,3 +222,48 @@ def test_warmup_is_a_hundred_but_at_most_a_fifth(total, expected):
 def test_warmup_of_another_wish():
     assert warmup_length(1000, wanted=30) == 30
     assert warmup_length(100, wanted=30) == 20
+
+
+def _state_of_two_steps() -> tuple[Optimizer, dict]:
+    """A fresh optimizer and the state that another had after two steps."""
+    optimizers = []
+    for steps in (0, 2):
+        torch.manual_seed(0)
+        parameters = [torch.nn.Parameter(torch.randn(shape)) for shape in ((3, 2), (2,), ())]
+        optimizer = build_optimizer("stable_adamw", [{"params": parameters, "weight_decay": 0.1}], 1e-3, (0.9, 0.999), 1e-10)
+        for _ in range(steps):
+            sum((parameter**2).sum() for parameter in parameters).backward()
+            optimizer.step()
+        optimizers.append(optimizer)
+    return optimizers[0], optimizers[1].state_dict()
+
+
+def test_a_state_is_loaded_into_an_optimizer_of_the_same_numbers():
+    fresh, state = _state_of_two_steps()
+    load_optimizer(fresh, state, Path("last.pth"))
+    assert {key: value["step"] for key, value in fresh.state_dict()["state"].items()} == {0: 2, 1: 2, 2: 2}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda state: state.pop("state"), r"'optimizer.state' is missing"),
+        (lambda state: state.update(param_groups=[]), r"0 groups of parameters instead of 1"),
+        (lambda state: state["param_groups"][0].update(params=[0]), r"another number of parameters than 3"),
+        (lambda state: state["param_groups"][0].update(eps=1.0), r"eps should be 1e-10, found 1.0"),
+        (lambda state: state["param_groups"][0].update(lr=float("inf")), r"lr should be a finite number"),
+        (lambda state: state["state"].update({7: {}}), r"a state for 7, which is no parameter"),
+        (
+            lambda state: state["state"][0].update(first_moment=torch.zeros(2, 3)),
+            r"first_moment has shape \(2, 3\)",
+        ),
+        (lambda state: state["state"][2]["first_moment"].fill_(math.nan), r"first_moment has values that are not finite"),
+        (lambda state: state["state"][1].update(step=-1), r"step should be a finite number"),
+        (lambda state: state["state"][1].update(step="2"), r"step should be a finite number"),
+    ],
+)
+def test_a_state_of_another_optimizer_is_refused(change, said):
+    fresh, state = _state_of_two_steps()
+    change(state)
+    with pytest.raises(UserError, match=rf"'last.pth' does not fit \(.*{said}.*--overwrite"):
+        load_optimizer(fresh, state, Path("last.pth"))

@@ -18,6 +18,7 @@ from quantize.layers import quantized_layers
 from quantize.packed_codes import pack_codes, unpack_codes
 from scripts import benchmark, evaluate, export, predict, report
 from tests.miniature import make_mvtec
+from tests.packed_files import DECISION, PROTOCOL, preprocessing
 from tests.raad_models import NEAREST, SIDE, checkpoint_of, detector_of, images_of, train_stages
 from tests.test_packed import plain_read, rewritten
 from utils import raad_export
@@ -32,7 +33,7 @@ CONTENT = {
     "host": "RAAD",
     "item": "bottle",
     "stage": 2,
-    "protocol": {},
+    "protocol": PROTOCOL,
     "calibration": {"map_median": 0.0, "map_limit": 1.0},
     "config": {"input_size": SIDE, "crop_size": SIDE, "map_normalisation": "quantile", "padding": False},
 }
@@ -43,7 +44,9 @@ def write(detector: EfficientAD, folder: Path, output_bits: int | None = 8) -> t
     """The file of a detector and the table of its bytes."""
     content = {**CONTENT, "config": {**CONTENT["config"], "output_bits": output_bits or 0}}
     path = folder / "model.binaryad"
-    return path, export_codes(detector, describe_efficientad(detector, content, {"threshold": 1.0}, {}), path, SIDE)
+    return path, export_codes(
+        detector, describe_efficientad(detector, content, DECISION, preprocessing(SIDE, SIDE)), path, SIDE
+    )
 
 
 def read_codes(stream: bytes, bits: int) -> list[int]:
@@ -206,8 +209,8 @@ def test_rewriting_alone_changes_nothing(file):
         (reshape("student.conv2.weight_quantizer.zero_point", [4, 8]), r"zero_point has shape \(4, 8\), expected \(32,\)"),
         (reshape("student.conv2.bias", [4, 8]), r"student.conv2.bias has shape \(4, 8\), expected \(32,\)"),
         (bits_at(1, 3), r"codes of 3 bits for weights \(32, 16, 4, 4\) .* expected torch.uint8 of shape \(3072,\)"),
-        (bits_at(1, 1), r"a quantizer of 1 bits; 2 to 8 are possible"),
-        (bits_at(1, 9), r"a quantizer of 9 bits; 2 to 8 are possible"),
+        (bits_at(1, 1), r"bits.student\[1\] should be 2 or .* or 8 or 32, found 1"),
+        (bits_at(1, 9), r"bits.student\[1\] should be 2 or .* or 8 or 32, found 9"),
         (bits_at(1, 32), r"a quantizer of 32 bits; 2 to 8 are possible"),
         (bits_at(1, "4"), r""),
         (bits_at(1, 4.0), r""),
@@ -215,18 +218,18 @@ def test_rewriting_alone_changes_nothing(file):
         (put("bits/student", [8, 4, 2]), r""),
         (put("bits/student", [32] * 4), r"are missing or surplus"),
         (put("bits/autoencoder", [8] * 14), r"'autoencoder.encoder1.weight_codes'"),
-        (put("bits", {"student": [8, 4, 2, 8]}), r"'teacher'"),
+        (put("bits", {"student": [8, 4, 2, 8]}), r"'bits.teacher', 'bits.autoencoder' are missing"),
         (put("bits", None), r""),
         (put("encoder/name", "pdn_huge"), r"'pdn_huge'"),
         (put("encoder/name", "pdn_small"), r"codes of 8 bits for weights \(128, 3, 4, 4\)"),
         (put("encoder", None), r""),
         (put("config/output_bits", 0), r"are missing or surplus"),
-        (put("config/output_bits", 9), r"a quantizer of 9 bits"),
-        (put("config/crop_size", 8), r"images of 8 x 8 pixels are too small"),
+        (put("config/output_bits", 9), r"config.output_bits should be what --output_bits takes, found 9"),
+        (put("config/crop_size", 8), r"config.crop_size should be 64 as in preprocessing, found 8"),
         (put("config/crop_size", "64"), r""),
-        (put("config", {}), r"'crop_size'|'output_bits'"),
-        (put("host", "INP-Former"), r"'precision'"),
-        (put("host", "EfficientAD"), r"unknown host 'EfficientAD'"),
+        (put("config", {}), r"'config.input_size', 'config.crop_size', 'config.output_bits' and 2 more are missing"),
+        (put("host", "INP-Former"), r"'precision' is missing"),
+        (put("host", "EfficientAD"), r"host should be 'INP-Former' or .*, found 'EfficientAD'"),
         (put("host", ["RAAD"]), r""),
     ],
 )

@@ -32,6 +32,7 @@ from models.build import RANDOM_TINY_ENCODER, build_encoder, build_inp_former
 from models.encoder import FrozenEncoder
 from models.inp_former import INPFormer
 from models.layers import PrototypeDecoderBlock
+from tests.packed_files import DECISION, PROTOCOL, preprocessing
 from tests.test_binarize import numbers, plain_sab, signs
 from tests.test_packed import plain_read, rewritten, trained_like
 from utils.agreement import compare_on_bits, packed_copy
@@ -446,7 +447,7 @@ def content_of(stage: int, activation_bits: int, sab: str) -> dict:
         "item": "bottle",
         "stage": stage,
         "config": {**CONFIG, **binary},
-        "protocol": {"max_ratio": 0.01},
+        "protocol": PROTOCOL,
         "calibration": {"map_median": 0.1, "map_limit": 0.5, "scores": [0.2]},
     }
 
@@ -455,7 +456,7 @@ def content_of(stage: int, activation_bits: int, sab: str) -> dict:
 def file_of(stage: int, activation_bits: int, sab: str, options: PackingOptions) -> tuple[bytes, nn.Module]:
     """A packed file and the packed detector that it was made from."""
     packed = packed_copy(case_of(stage, activation_bits, sab, 32, 56).trained, options)
-    description = describe(packed, content_of(stage, activation_bits, sab), {"threshold": 0.3}, {"input_size": 64})
+    description = describe(packed, content_of(stage, activation_bits, sab), DECISION, preprocessing(64, 56))
     return packed_bytes(packed, options, description), packed
 
 
@@ -486,7 +487,7 @@ def test_loaded_file_is_the_packed_detector_bit_for_bit(load, stage, activation_
     assert detector.device == torch.device("cpu")
     assert not detector.training
     assert description["precision"] == {"encoder": encoder, "trained": trained, "encoder_reference": False}
-    assert description["decision"] == {"threshold": 0.3}
+    assert description["decision"] == DECISION
     assert description["calibration"] == {"map_median": 0.1, "map_limit": 0.5}
     assert description["encoder"]["sha256"] == packed.encoder.weights_sha256
 
@@ -601,8 +602,8 @@ def without(key: str, *parents: str):
         (other_shape, r"decoder.0.q.bits has shape \(4, 32\), expected \(32, 4\)"),
         (other_type, r"decoder.0.q.bits has type torch.int8, expected torch.uint8"),
         (number_for_an_integer, r"decoder.0.mlp.fc1.low has type torch.float16, expected torch.int32"),
-        (changed("host", "Dinomaly 9"), r"host 'Dinomaly 9'"),
-        (changed("name", "resnet18", "encoder"), r"unknown encoder 'resnet18'"),
+        (changed("host", "Dinomaly 9"), r"host should be 'INP-Former' or .*, found 'Dinomaly 9'"),
+        (changed("name", "resnet18", "encoder"), r"encoder.name should be .*, found 'resnet18'"),
         (changed("name", ["x"], "encoder"), r""),
         (changed("stage", 1), r"are missing or surplus"),
         (changed("stage", "two"), r""),
@@ -610,15 +611,18 @@ def without(key: str, *parents: str):
         (changed("sab", "off", "config"), r"are missing or surplus"),
         (changed("INP_num", 7, "config"), r"prototype_token has shape \(6, 32\), expected \(7, 32\)"),
         (changed("INP_num", -1, "config"), r""),
-        (changed("crop_size", 70, "config"), r"encoder.vit.pos_embed has shape"),
+        (changed("crop_size", 70, "config"), r"config.crop_size should be 56 as in preprocessing, found 70"),
         (changed("crop_size", "56", "config"), r""),
         (changed("config", []), r""),
         (changed("precision", {"encoder": "int8"}), r""),
-        (changed("precision", {"decoder": "int8"}), r"unexpected keyword argument 'decoder'"),
+        (
+            changed("precision", {"decoder": "int8"}),
+            r"'precision.encoder', 'precision.trained', 'precision.encoder_reference' are missing",
+        ),
         (changed("precision", None), r""),
         (without("config"), r"'config'"),
         (without("encoder"), r"'encoder'"),
-        (without("INP_num", "config"), r"'INP_num'"),
+        (without("INP_num", "config"), r"'config.INP_num' is missing"),
         (without("precision"), r"'precision'"),
     ],
 )

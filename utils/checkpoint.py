@@ -6,18 +6,30 @@ import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO
 
 import torch
 
+from common import schema
 from common.errors import ResourceError, UserError
+from common.plain_content import check_plain, content_sha256
+from common.schema import Check
+from common.torch_files import not_finite, read_torch_file
 from models.encoder import state_sha256
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _KIND = "binaryad-checkpoint"
-_REQUIRED = {"kind", "format_version", "model", "model_sha256", "stage", "config", "encoder", "encoder_sha256"}
+_REMEDY = "use another copy or train again"
+_HASHED: Mapping[str, Check] = {"model": schema.mapping_to(schema.tensor), "model_sha256": schema.sha256}
+_WITH_TENSORS = ("model", "optimizer", "statistics")
+_ALWAYS: Mapping[str, Check] = {
+    "stage": schema.one_of(0, 1, 2, "distillation"),
+    "config": schema.mapping,
+    "encoder": schema.text,
+    "encoder_sha256": schema.text,
+}
 
 
 def atomic_write(path: Path, write: Callable[[IO[bytes]], None]) -> None:
@@ -86,52 +98,73 @@ def write_text(path: Path, text: str) -> None:
 
 
 def save_checkpoint(path: Path, content: dict) -> None:
-    """Save plain tensors and types atomically, with the format's name and the hash of `content["model"]`."""
+    """Save plain tensors and types atomically, with the format's name and a hash of everything."""
     model = {name: value.cpu() for name, value in content["model"].items()}  # so that any machine can open it
     complete = {
+        **content,
         "kind": _KIND,
         "format_version": FORMAT_VERSION,
-        **content,
         "model": model,
         "model_sha256": state_sha256(model),
     }
+    complete["content_sha256"] = _sha256_beside_the_model(complete)
     atomic_write(path, lambda file: torch.save(complete, file))
 
 
-def load_checkpoint(path: Path) -> dict:
+def load_checkpoint(path: Path, needs: Mapping[str, Check] | None = None, may: Mapping[str, Check] | None = None) -> dict:
     """Content of a checkpoint, on the CPU, verified against its hash.
 
+    Args:
+        needs: what must be in it for what the caller is about to do; `may`: what it is if it is there.
+
     Raises:
-        UserError: the file is absent, empty, damaged, foreign, unsafe or of a newer format; each has its own sentence.
+        UserError: the file is absent, empty, damaged, foreign, unsafe, of a newer format, or lacks what is needed; each has its
+            own sentence.
     """
     if not path.is_file():
         raise UserError(f"checkpoint not found: {str(path)!r} is no file; train that model first or correct the path")
-    if path.stat().st_size == 0:
-        raise UserError(f"checkpoint damaged: {str(path)!r} is empty; use another copy or train again")
-    with path.open("rb") as file:
-        if file.read(2) != b"PK":
-            raise UserError(
-                f"checkpoint damaged: {str(path)!r} is no torch file (no zip archive); use another copy or train again"
-            )
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch has no common class for what a broken or hostile file raises
-        if "weights_only" in str(error).lower() or "unsupported global" in str(error).lower():
-            raise UserError(
-                f"checkpoint refused: {str(path)!r} holds Python objects besides tensors and is not opened"
-            ) from error
-        raise UserError(
-            f"checkpoint damaged: {str(path)!r} cannot be read ({type(error).__name__}); use another copy or train again"
-        ) from error
-    if not isinstance(content, dict) or content.get("kind") != _KIND or not content.keys() >= _REQUIRED:
+    content = read_torch_file(path, "checkpoint", _REMEDY)
+    if not isinstance(content, dict) or content.get("kind") != _KIND or "format_version" not in content:
         raise UserError(f"not a BinaryAD checkpoint: {str(path)!r} is a torch file of another program")
-    if content["format_version"] > FORMAT_VERSION:
+    version = content["format_version"]
+    if isinstance(version, int) and version > FORMAT_VERSION:
         raise UserError(
-            f"checkpoint too new: {str(path)!r} has format {content['format_version']}, this program reads up to "
-            f"{FORMAT_VERSION}; update the program"
+            f"checkpoint too new: {str(path)!r} has format {version}, this program reads up to {FORMAT_VERSION}; update the "
+            "program"
         )
-    if state_sha256(content["model"]) != content["model_sha256"]:
-        raise UserError(
-            f"checkpoint damaged: the tensors in {str(path)!r} do not match their hash; use another copy or train again"
-        )
+    try:
+        schema.whole(1, FORMAT_VERSION)(version, "format_version")
+        check_plain(content, path.stat().st_size)
+        schema.fields(_HASHED, unknown=True)(content, "")
+    except ValueError as error:
+        raise UserError(f"checkpoint damaged: in {str(path)!r} {error}; {_REMEDY}") from error
+    _check_hashes(content, path)
+    described = {key: schema.no_tensors for key in content if key not in _WITH_TENSORS}
+    require(content, described, path)
+    require(content, {**_ALWAYS, **(needs or {})}, path, may)
+    damaged = not_finite(content["model"])
+    if damaged:
+        raise UserError(f"checkpoint unusable: {str(path)!r} has values that are not finite in {damaged[:3]}; {_REMEDY}")
     return content
+
+
+def require(content: dict, needs: Mapping[str, Check], path: Path, may: Mapping[str, Check] | None = None) -> None:
+    """Raise UserError unless a checkpoint's content has all that is needed, each as it should be (see `load_checkpoint`)."""
+    try:
+        schema.fields(needs, may, unknown=True)(content, "")
+    except ValueError as error:
+        raise UserError(f"checkpoint unusable: in {str(path)!r} {error}; {_REMEDY}") from error
+
+
+def _sha256_beside_the_model(content: dict) -> str:
+    """Hash of everything but the model, whose own hash stands for it."""
+    return content_sha256({key: value for key, value in content.items() if key not in ("model", "content_sha256")})
+
+
+def _check_hashes(content: dict, path: Path) -> None:
+    """Raise UserError if anything is not as it was saved; format 1 has a hash of the model alone."""
+    if state_sha256(content["model"]) != content["model_sha256"]:
+        raise UserError(f"checkpoint damaged: the tensors in {str(path)!r} do not match their hash; {_REMEDY}")
+    has_hash = content["format_version"] > 1 or "content_sha256" in content
+    if has_hash and content.get("content_sha256") != _sha256_beside_the_model(content):
+        raise UserError(f"checkpoint damaged: what {str(path)!r} says does not match its hash; {_REMEDY}")

@@ -12,7 +12,7 @@ def number(kind: type, low: float, high: float = math.inf):
 
     def convert(text: str):
         value = kind(text)
-        if not low <= value <= high:
+        if not low <= value <= high or value == math.inf:
             limits = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
             raise argparse.ArgumentTypeError(f"{text} is not {limits}")
         return value

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from common import schema
 from common.errors import UserError
 from models.detector import Detector
 from models.encoder import FrozenEncoder
@@ -13,14 +14,23 @@ from utils.categories import ModelData
 from utils.checkpoint import load_checkpoint
 from utils.host import Host
 from utils.hosts import HOSTS
+from utils.network_config import check_network
 from utils.run_folder import EARLIER_DEFAULTS, RunFolder
 from utils.settings import ModelOptions, Settings
+from utils.trained_state import fitting_state, without_prefixes
 
 logger = logging.getLogger(__name__)
 
 
 # What a checkpoint and the command that reads it must agree on: the network, the data it is for, and once binary, the bits.
 _NETWORK_KEYS = ("encoder", "encoder_sha256", "pos_embed", "input_size", "crop_size", "interpolation")
+_NEEDS = {"host": schema.text, "item": schema.text, "stage": schema.one_of(0, 1, 2)}
+_SCALE = schema.fields(
+    {"map_median": schema.real(), "map_limit": schema.real()},
+    {"map_threshold": schema.real(), "scores": schema.sequence_of(schema.real(), 1)},
+)
+CALIBRATION = {"calibration": _SCALE}
+_MAY = {**CALIBRATION, "calibrations": schema.mapping_to(_SCALE), "protocol": schema.mapping}
 _DATA_KEYS = ("dataset", "item", "items", "chosen_files")
 
 
@@ -60,7 +70,7 @@ def open_checkpoint(path: Path, expected: dict, stages: tuple[int, ...], purpose
     Raises:
         UserError: damaged, of another stage than `stages`, or of another model; shows expected and found.
     """
-    content = load_checkpoint(path)
+    content = load_checkpoint(path, _NEEDS, _MAY)
     if content["host"] != expected["host"]:
         raise UserError(
             f"wrong model: {str(path)!r} is a model of {content['host']}, this script is for {expected['host']}; give one of "
@@ -93,15 +103,31 @@ def open_checkpoint(path: Path, expected: dict, stages: tuple[int, ...], purpose
 
 def restore_detector(content: dict, path: Path, encoder: FrozenEncoder, host: Host) -> Detector:
     """The detector of a checkpoint, at its own stage."""
-    config = content["config"]
-    detector = host.build(encoder, config)
-    state = {name.removeprefix("module.").removeprefix("_orig_mod."): value for name, value in content["model"].items()}
-    host.convert(detector, content["stage"], config, state)
+    config, state = content["config"], without_prefixes(content["model"])
     try:
-        detector.load_trained_state(state)
-    except RuntimeError as error:
-        raise UserError(f"wrong model: the tensors in {str(path)!r} do not fit; {' '.join(str(error).split())}") from error
+        detector = host.build(encoder, config)
+        host.convert(detector, content["stage"], config, state)
+        detector.load_trained_state(fitting_state(state, detector.trained_state(), path))
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, AssertionError) as error:
+        raise UserError(
+            f"wrong model: {str(path)!r} does not describe a model this program knows ({' '.join(str(error).split())}); give "
+            "another copy, or train again"
+        ) from error
     return detector
+
+
+def read_described(path: Path) -> dict:
+    """Content of a checkpoint that is to be rebuilt by what it says of itself; raises UserError unless that makes a network."""
+    content = load_checkpoint(path, _NEEDS, _MAY)
+    if content["host"] not in HOSTS:
+        raise UserError(f"unknown host: {str(path)!r} holds a {content['host']!r}, known are {' '.join(HOSTS)}")
+    host = HOSTS[content["host"]]
+    try:
+        check_network(content["config"], host)
+        schema.one_of(*host.encoders)(content["encoder"], "encoder")
+    except ValueError as error:
+        raise UserError(f"checkpoint unusable: in {str(path)!r} {error}; train that model again") from error
+    return content
 
 
 def load_detector(path: Path, encoder_weights: str | None) -> tuple[Detector, dict]:
@@ -110,11 +136,8 @@ def load_detector(path: Path, encoder_weights: str | None) -> tuple[Detector, di
     Raises:
         UserError: the file is no usable model, or the encoder's weights cannot be had or are others than in training.
     """
-    content = load_checkpoint(path)
-    config = content["config"]
-    if content.get("host") not in HOSTS:
-        raise UserError(f"unknown host: {str(path)!r} holds a {content.get('host')!r}, known are {' '.join(HOSTS)}")
-    host = HOSTS[content["host"]]
+    content = read_described(path)
+    host, config = HOSTS[content["host"]], content["config"]
     weights = encoder_weights or _weights_of_training(path)
     encoder = host.build_encoder(content["encoder"], config["crop_size"], weights, config["pos_embed"])
     if encoder.weights_sha256 != content["encoder_sha256"]:

@@ -1,5 +1,6 @@
 """The test phase: evaluate models that exist, the run's own or one of another training."""
 
+import argparse
 import logging
 from pathlib import Path
 
@@ -7,7 +8,8 @@ from binarize.stages import force_gates
 from common.errors import UserError
 from utils.categories import log_data
 from utils.checkpoint import load_checkpoint
-from utils.detectors import open_checkpoint
+from utils.converters import dataset_names
+from utils.detectors import CALIBRATION, open_checkpoint
 from utils.distributed import on_main, only_on_main
 from utils.experiment import Experiment, count_cost, evaluate_category, log_start, others_go_on, plan
 from utils.logs import log_to_file
@@ -48,7 +50,7 @@ def zero_shot_phase(experiment: Experiment) -> RunFolder:
     settings, stage, path = experiment.settings, experiment.settings.model.stage, experiment.settings.test_checkpoint
     expected = experiment.description(experiment.models[0])
     content = open_checkpoint(path, expected, (stage,), experiment.host.stage_flag(stage), same_data=False)
-    output = RunFolder(settings.zero_shot_path(content["config"]["dataset"]))
+    output = RunFolder(settings.zero_shot_path(_trained_on(content, path)))
     with only_on_main(output.lock()):
 
         def open_folder() -> None:
@@ -67,6 +69,14 @@ def zero_shot_phase(experiment: Experiment) -> RunFolder:
     return output
 
 
+def _trained_on(content: dict, path: Path) -> str:
+    """The data set of a checkpoint, which becomes a part of a folder's name."""
+    try:
+        return dataset_names(str(content["config"].get("dataset")))
+    except argparse.ArgumentTypeError as error:
+        raise UserError(f"checkpoint unusable: {str(path)!r} was trained on another data set than there is: {error}") from error
+
+
 def _test_models(experiment: Experiment, output: RunFolder, paths: dict[str, Path], training_folder: Path) -> None:
     settings = experiment.settings
     with only_on_main(log_to_file(output.path / "log.txt")):
@@ -74,7 +84,7 @@ def _test_models(experiment: Experiment, output: RunFolder, paths: dict[str, Pat
         on_main(lambda: output.forget_failures(experiment.wanted))
         places = plan(experiment)
         for model in experiment.models:
-            content = load_checkpoint(paths[model.name])
+            content = load_checkpoint(paths[model.name], {} if settings.test_checkpoint else CALIBRATION)
             detector = experiment.restored(content, paths[model.name])
             force_gates(detector, settings.model.forced_gate)
             for category in model.categories:

@@ -16,11 +16,12 @@ from models.detector import Detector
 from models.efficientad import EfficientAD
 from quantize.layers import quantized_layers
 from utils.agreement import compare_on_bits, packed_copy
-from utils.checkpoint import atomic_write, check_writable, load_checkpoint
-from utils.detectors import load_detector
+from utils.checkpoint import atomic_write, check_writable
+from utils.detectors import load_detector, read_described
 from utils.evaluation import SCALE_SIDE, calibrate_scale, evaluate
 from utils.host import Config
 from utils.hosts import HOSTS
+from utils.network_config import protocol
 from utils.onnx_export import export_onnx
 from utils.packed_model import PackingOptions, describe, packed_bytes
 from utils.protocol import EvaluationOptions
@@ -51,13 +52,13 @@ class ThresholdOptions:
 
 def check_exportable(content: dict, path: Path) -> None:
     """Raise UserError for a model that has no packed form, or as `check_complete` does."""
-    host = HOSTS.get(content["host"])  # an unknown one is refused when the model is loaded
-    if host and not host.binarizes and not _is_quantized(content):
+    host = HOSTS[content["host"]]
+    if not host.binarizes and not _is_quantized(content):
         raise UserError(
             f"nothing to pack: {str(path)!r} is a float model of {content['host']}; export that of --stage quantize or "
             "finetune, or this one as it is with --output FILE.onnx"
         )
-    if content["stage"] == 0 and host and not host.exports_float:
+    if content["stage"] == 0 and not host.exports_float:
         raise UserError(
             f"nothing to pack: {str(path)!r} is a float model (CLB stage 0); train --clb_stage 1 and 2 from it, or export it "
             "as it is with --output FILE.onnx"
@@ -70,13 +71,17 @@ def _is_quantized(content: dict) -> bool:
 
 
 def check_complete(content: dict, path: Path) -> None:
-    """Raise UserError for a checkpoint without the scores that a threshold comes from."""
+    """Raise UserError for a checkpoint without the scores that a threshold comes from, or with a protocol that is none."""
     missing = [key for key in ("protocol", "calibration") if key not in content]
     if missing or "scores" not in content["calibration"]:
         raise UserError(
             f"checkpoint incomplete: {str(path)!r} lacks the scores of normal images (it is a last.pth, or of an older "
             "version); export the model.pth of a finished training"
         )
+    try:
+        protocol(HOSTS[content["host"]])(content["protocol"], "protocol")
+    except ValueError as error:
+        raise UserError(f"checkpoint unusable: in {str(path)!r} {error}; train that model again") from error
 
 
 def transform_of(content: dict) -> dict:
@@ -118,7 +123,7 @@ def export_packed(
     Raises:
         UserError: see `load_detector` and `check_exportable`; nothing is written then.
     """
-    content = load_checkpoint(checkpoint)
+    content = read_described(checkpoint)
     check_exportable(content, checkpoint)
     if options and _is_quantized(content):
         raise UserError(
@@ -138,7 +143,7 @@ def export_packed(
             "be in the file as it is; give --encoder_precision fp32 without --encoder_reference"
         )
     if content["config"]["act_bits"] == 1 and content["stage"] > 0:
-        _prove(detector, content)
+        _prove(detector, content, checkpoint)
     packed = packed_copy(detector, options)
     decision, scale = _decision(packed, content, threshold)
     content = _with_scale(content, scale)
@@ -181,13 +186,14 @@ def export_graph(checkpoint: Path, output: Path, threshold: ThresholdOptions, en
     logger.info("ONNX Runtime and torch: maps of noise differ by at most %.1e where no bit lies at its threshold", difference)
 
 
-def _prove(detector: Detector, content: dict) -> None:
+def _prove(detector: Detector, content: dict, checkpoint: Path) -> None:
     """Compare the decoder on bits with the trained one on two images of noise; raises NumericError if they are two models."""
     agreement = compare_on_bits(detector, _features_of_noise(detector, content))
     logger.info("on bits, two images of noise: %s", agreement.describe())
     if agreement.differing > _LARGEST_SHARE_DIFFERING * agreement.decisions:
         raise NumericError(
-            f"the packed model is not the trained one: {agreement.describe()}; nothing was written, please report this"
+            f"the packed model is not the trained one of {str(checkpoint)!r}: {agreement.describe()}; nothing was written, "
+            "please report this"
         )
 
 

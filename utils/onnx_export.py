@@ -1,6 +1,8 @@
 """Export a detector to ONNX, from normalised images to anomaly maps, and compare it with torch before it is written."""
 
+import contextlib
 import copy
+import hashlib
 import importlib
 import io
 import json
@@ -15,7 +17,7 @@ from torch import Tensor, nn
 from binarize.linear import BinaryLinear
 from common.errors import NumericError, UserError
 from models.detector import Detector
-from utils.checkpoint import atomic_write
+from utils.checkpoint import atomic_write, write_text
 
 METADATA_KEY = "binaryad"
 TOLERANCE = 1e-4
@@ -76,8 +78,21 @@ def export_onnx(detector: Detector, metadata: dict, output: Path, side: int | No
             f"the ONNX model is not the torch model: maps differ by {difference:.1e}, allowed is less than "
             f"{TOLERANCE:.0e}; {str(output)!r} was not written"
         )
-    atomic_write(output, lambda file: file.write(content))
+    write_graph(output, content)
     return difference
+
+
+def write_graph(output: Path, content: bytes) -> None:
+    """Write an ONNX file, and its sha256 beside it in `<file>.sha256`, which `sha256sum --check` understands.
+
+    Raises:
+        ResourceError: a file cannot be written.
+    """
+    neighbour = output.with_name(f"{output.name}.sha256")
+    with contextlib.suppress(OSError):
+        neighbour.unlink()  # of an earlier file: no hash is better than a wrong one
+    atomic_write(output, lambda file: file.write(content))
+    write_text(neighbour, f"{hashlib.sha256(content).hexdigest()}  {output.name}\n")
 
 
 def check_packages() -> None:

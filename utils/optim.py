@@ -1,10 +1,14 @@
 """StableAdamW and the schedules: warm-up and cosine of INP-Former and Dinomaly, late step of EfficientAD."""
 
 import math
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+
+from common.errors import UserError
+from common.schema import expected, fields, mapping, no_tensors, real, sequence_of, tensor
 
 DEFAULT_WARMUP = 100
 OPTIMIZERS = ("stable_adamw", "adamw", "adam")
@@ -68,10 +72,81 @@ class StableAdamW(Optimizer):
         parameter.sub_(first / denominator * (group["lr"] / (1 - beta1 ** state["step"]) / shrink))
 
 
+_MOMENTS = {
+    StableAdamW: ("first_moment", "second_moment", "second_moment_maximum"),
+    torch.optim.AdamW: ("exp_avg", "exp_avg_sq"),
+    torch.optim.Adam: ("exp_avg", "exp_avg_sq"),
+}
+
+
 def build_optimizer(name: str, groups: list[dict], rate: float, betas: tuple[float, float], eps: float) -> Optimizer:
     """One of `OPTIMIZERS` over parameter groups that bring their weight decay."""
     kind = {"stable_adamw": StableAdamW, "adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[name]
     return kind(groups, lr=rate, betas=betas, eps=eps)
+
+
+def load_optimizer(optimizer: Optimizer, stored: dict, path: Path) -> None:
+    """Give a fresh optimizer the state that `state_dict` gave for another with the same numbers over the same parameters.
+
+    Raises:
+        UserError: the state in the file at `path` is of another optimizer; says what differs first.
+    """
+    try:
+        fields({"state": _any_mapping, "param_groups": sequence_of(mapping)})(stored, "optimizer")
+        no_tensors(stored["param_groups"], "optimizer.param_groups")
+        groups = optimizer.param_groups
+        if len(stored["param_groups"]) != len(groups):
+            raise ValueError(f"it has {len(stored['param_groups'])} groups of parameters instead of {len(groups)}")
+        numbered = {}
+        for group, found in zip(groups, stored["param_groups"], strict=True):
+            _check_group(group, found, start=len(numbered))
+            numbered |= dict(zip(found["params"], group["params"], strict=True))
+        for number, state in stored["state"].items():
+            _check_moments(state, numbered.get(number), number, _MOMENTS[type(optimizer)])
+    except ValueError as error:
+        raise UserError(
+            f"checkpoint unusable: the optimizer's state in {str(path)!r} does not fit ({error}); start anew with --overwrite"
+        ) from error
+    moments = {
+        number: {name: value.clone() if isinstance(value, Tensor) else value for name, value in state.items()}
+        for number, state in stored["state"].items()
+    }  # in a file two of them may be one memory
+    optimizer.load_state_dict({**stored, "state": moments})
+
+
+def _any_mapping(value: object, name: str) -> None:
+    if not isinstance(value, dict):
+        raise expected(name, "a mapping", value)
+
+
+def _check_group(group: dict, found: dict, start: int) -> None:
+    count = len(group["params"])
+    if found.get("params") != list(range(start, start + count)):
+        raise ValueError(f"it has another number of parameters than {count} in a group")
+    for name, value in group.items():
+        if name == "lr":  # which is set anew before each step
+            real(0)(found.get(name), "lr")
+        elif name != "params" and found.get(name) != value:
+            raise expected(name, repr(value), found.get(name))
+
+
+def _check_moments(state: object, parameter: Tensor | None, number: object, moments: tuple[str, ...]) -> None:
+    if parameter is None:
+        raise ValueError(f"it has a state for {number!r}, which is no parameter")
+    fields({"step": _step, **dict.fromkeys(moments, tensor)})(state, f"state[{number}]")
+    for name in moments:
+        value = state[name]
+        if value.dtype != parameter.dtype or value.shape != parameter.shape:
+            raise ValueError(
+                f"{name} has shape {tuple(value.shape)} and {value.dtype} for a parameter of shape {tuple(parameter.shape)} "
+                f"and {parameter.dtype}"
+            )
+        if not value.isfinite().all():
+            raise ValueError(f"{name} has values that are not finite")
+
+
+def _step(value: object, name: str) -> None:
+    real(0)(value.item() if isinstance(value, Tensor) and value.numel() == 1 else value, name)
 
 
 def warmup_length(total_iterations: int, wanted: int = DEFAULT_WARMUP) -> int:

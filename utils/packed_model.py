@@ -17,12 +17,11 @@ from models.build import ENCODERS, build_encoder_without_weights
 from models.detector import Detector
 from utils.host import BINARY_KEYS
 from utils.hosts import HOSTS
+from utils.packed_description import ENCODER_PRECISIONS, TRAINED_PRECISIONS, check_description
 from utils.raad_packed import skeleton, state_of
 
 logger = logging.getLogger(__name__)
 
-ENCODER_PRECISIONS = ("fp32", "bf16", "int8")
-TRAINED_PRECISIONS = ("fp32", "fp16", "int8")
 # of a training's configuration: what determines the network; the rest may name files of the machine that trained it
 _NETWORK_KEYS = ("pos_embed", "input_size", "crop_size", *BINARY_KEYS)
 _WEIGHTS_OF_SCANS = ("x_proj", "step_weight", "start")
@@ -168,8 +167,7 @@ def restore_packed(tensors: dict[str, Tensor], description: dict, name: str, enc
         UserError: they are of no model this program knows, with the file's `name`; or as `load_packed` does.
     """
     try:
-        if description["host"] not in HOSTS:
-            raise ValueError(f"unknown host {description['host']!r}")
+        check_description(description)
         if HOSTS[description["host"]].binarizes:
             options = PackingOptions(**description["precision"])
             detector = _skeleton(description, options, encoder_weights)
@@ -187,8 +185,6 @@ def restore_packed(tensors: dict[str, Tensor], description: dict, name: str, enc
 def _skeleton(description: dict, options: PackingOptions, encoder_weights: str | None) -> Detector:
     """The network of a description, without values, but for an encoder that is only referred to."""
     config, named = description["config"], description["encoder"]
-    if named["name"] not in ENCODERS:
-        raise ValueError(f"unknown encoder {named['name']!r}")
     host = HOSTS[description["host"]]
     with torch.device("meta"):
         encoder = build_encoder_without_weights(
@@ -224,6 +220,8 @@ def _fill(detector: Detector, tensors: dict[str, Tensor], options: PackingOption
         expected, value = getattr(module, leaf), tensors[name]
         if value.shape != expected.shape:
             raise ValueError(f"{name} has shape {tuple(value.shape)}, expected {tuple(expected.shape)}")
+        if value.is_floating_point() and not value.isfinite().all():
+            raise ValueError(f"{name} has values that are not finite")
         if expected.is_floating_point() and value.is_floating_point():
             value = value.to(_working_type(name, options))
         elif expected.dtype == torch.int32 and value.dtype == torch.int16:

@@ -61,18 +61,18 @@ class Predictor:
         calibration: `map_median` and `map_limit` of normal images, the fixed scale of heat maps.
     """
 
-    def __init__(self, detector: Detector, metadata: dict, device: torch.device | str):
+    def __init__(self, detector: Detector, metadata: dict, device: torch.device | str, name: str = "the model"):
         """`metadata` needs preprocessing, protocol, calibration and decision; raises UserError for unknown preprocessing."""
         preprocessing = metadata["preprocessing"]
         if (tuple(preprocessing["mean"]), tuple(preprocessing["std"])) != (IMAGENET_MEAN, IMAGENET_STD):
             raise UserError(
-                f"unknown preprocessing: the model wants mean {preprocessing['mean']} and std {preprocessing['std']}, "
+                f"unknown preprocessing: {name} wants mean {preprocessing['mean']} and std {preprocessing['std']}, "
                 f"this program normalises with {list(IMAGENET_MEAN)} and {list(IMAGENET_STD)}; update the program"
             )
         interpolation = preprocessing.get("interpolation", "bilinear")
         if interpolation not in get_args(Interpolation):
             raise UserError(
-                f"unknown preprocessing: the model wants interpolation {interpolation!r}, this program knows "
+                f"unknown preprocessing: {name} wants interpolation {interpolation!r}, this program knows "
                 f"{' and '.join(get_args(Interpolation))}; update the program"
             )
         self.device = torch.device(device)
@@ -89,7 +89,7 @@ class Predictor:
         cls, path: str | os.PathLike, device: torch.device | str = "cpu", encoder_weights: str | None = None
     ) -> "Predictor":
         """Open a `.binaryad` file; raises UserError if it is no usable model or its encoder, if not in it, cannot be had."""
-        return cls(*load_packed(Path(path), device, encoder_weights), device)
+        return cls(*load_packed(Path(path), device, encoder_weights), device, repr(str(path)))
 
     def __call__(self, image: Photo) -> Prediction:
         """Judge one image: a file, a PIL image, or an RGB (H, W, 3) or grey (H, W) uint8 array; errors as `predict_batch`."""

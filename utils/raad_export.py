@@ -25,7 +25,7 @@ from quantize.quantizers import UniformQuantizer
 from utils.checkpoint import atomic_write
 from utils.host import Config
 from utils.hosts import HOSTS
-from utils.onnx_export import check_packages, maps_of, traced, with_metadata
+from utils.onnx_export import check_packages, maps_of, traced, with_metadata, write_graph
 from utils.packed_model import restore_packed
 from utils.raad_packed import networks_of, stored_tensors
 from utils.tables import format_rows
@@ -98,7 +98,7 @@ def export_integers(detector: EfficientAD, metadata: dict, output: Path, side: i
             f"the integer graph is not the trained model: maps differ by {difference:.1e}, allowed is less than {step:.1e}, "
             f"which is 1 % of activations one step off; {str(output)!r} was not written"
         )
-    atomic_write(output, lambda file: file.write(content))
+    write_graph(output, content)
     operators = operators_run(content)
     return IntegerGraph(
         difference,

@@ -4,9 +4,9 @@ Recipe of EfficientAD (Batzner et al., WACV 2024, appendix A): targets normalise
 """
 
 import hashlib
-import json
 import logging
 import math
+import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -17,20 +17,37 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from common import schema
 from common.errors import Interrupted, NumericError, UserError
 from datasets.images import DEFAULT_MAX_PIXELS
 from models.feature_sources import FeatureSource
 from models.patch_description import TEACHER_CHANNELS, PatchDescriptionNetwork
-from utils.checkpoint import atomic_write, load_checkpoint, save_checkpoint
+from models.weight_files import HASH_KEY, state_sha256, with_sorted_metadata
+from utils.checkpoint import atomic_write, load_checkpoint, require, save_checkpoint
 from utils.devices import autocast
 from utils.distillation_data import ChannelStatistics, DistillationOptions, ImagePairs, NumberedBatches
 from utils.loading import loaded_batches
+from utils.optim import load_optimizer
 from utils.stopping import StopRequest
+from utils.trained_state import fitting_state
 from utils.training import iterations_per_epoch
 
 logger = logging.getLogger(__name__)
 
 _RECENT = 100  # iterations whose mean loss is reported
+_NEEDS = {
+    "optimizer": schema.mapping,
+    "iteration": schema.whole(0, sys.maxsize),
+    "losses": schema.sequence_of(schema.real(), 0, _RECENT),
+    "statistics": schema.fields(
+        {
+            "total": schema.tensor,
+            "squares": schema.tensor,
+            "images": schema.whole(0, sys.maxsize),
+            "pixels": schema.whole(0, sys.maxsize),
+        }
+    ),
+}
 
 
 class Distillation:
@@ -95,6 +112,7 @@ class Distillation:
         content = load_checkpoint(self.state_file)
         if content["stage"] != "distillation":
             raise UserError(f"cannot resume: {str(self.state_file)!r} is no distillation's state; choose another --output")
+        require(content, _NEEDS, self.state_file)
         stored = {**content["config"], "source": content["encoder"], "weights of the source": content["encoder_sha256"]}
         wanted = {**self.identity, "source": self.source.name, "weights of the source": self.source.weights_sha256}
         for name, value in wanted.items():
@@ -103,8 +121,10 @@ class Distillation:
                     f"cannot resume: {str(self.state_file)!r} was saved with {name} {stored.get(name)!r}, this command has "
                     f"{value!r}; repeat the first command's flags, or choose another --output"
                 )
-        self.network.load_state_dict(content["model"])
-        self.optimizer.load_state_dict(content["optimizer"])
+        self.network.load_state_dict(fitting_state(content["model"], self.network.state_dict(), self.state_file))
+        load_optimizer(self.optimizer, content["optimizer"], self.state_file)
+        sums = {name: getattr(self.statistics, name) for name in ("total", "squares")}
+        fitting_state({name: content["statistics"][name] for name in sums}, sums, self.state_file)
         vars(self.statistics).update(content["statistics"])
         self.iteration, self.losses = content["iteration"], content["losses"]
         logger.info("resumed from %s at iteration %d", self.state_file, self.iteration)
@@ -196,7 +216,9 @@ class Distillation:
     def export(self) -> None:
         """Write the teacher's file, with what it was made of as metadata."""
         count = len(self.data.paths)
+        state = {name: value.detach().cpu().contiguous() for name, value in self.network.state_dict().items()}
         metadata = {
+            HASH_KEY: state_sha256(state),
             "source": f"distilled from {self.source.source}: {count} images, {self.iteration} iterations of "
             f"{self.options.batch_size}, seed {self.options.seed}",
             "feature_source": self.source.name,
@@ -207,19 +229,8 @@ class Distillation:
             "loss": self.recent_loss,
             **asdict(self.options),
         }
-        state = {name: value.detach().cpu().contiguous() for name, value in self.network.state_dict().items()}
-        content = _ordered(safetensors.torch.save(state, {name: str(value) for name, value in metadata.items()}))
+        content = with_sorted_metadata(safetensors.torch.save(state, {name: str(value) for name, value in metadata.items()}))
         atomic_write(self.output, lambda file: file.write(content))
-
-
-def _ordered(content: bytes) -> bytes:
-    """A safetensors file with sorted metadata: their order is random otherwise, and equal runs shall give equal files."""
-    length = int.from_bytes(content[:8], "little")
-    header = json.loads(content[8 : 8 + length])
-    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # tensors start at multiples of eight bytes
-    return len(text).to_bytes(8, "little") + text + content[8 + length :]
 
 
 def state_file(output: Path) -> Path:

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,15 +17,17 @@ from tqdm import tqdm
 
 from binarize.stages import attention_gates, parameter_groups
 from common.errors import Interrupted, NumericError, ResourceError, UserError
+from common.schema import mapping, whole
 from models.detector import Detector
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.devices import autocast
 from utils.distributed import is_main, joined, on_main, peers_expected, rank, world_size
 from utils.loading import loaded_batches
-from utils.optim import build_optimizer, learning_rate
+from utils.optim import build_optimizer, learning_rate, load_optimizer
 from utils.result_files import MetricsLog
 from utils.run_folder import EARLIER_DEFAULTS
 from utils.stopping import StopRequest
+from utils.trained_state import fitting_state
 
 logger = logging.getLogger(__name__)
 
@@ -123,7 +126,7 @@ def fit(
     groups, betas = parameter_groups(detector, options.weight_decay), (options.adam_beta1, _BETA2)
     optimizer = build_optimizer(options.optimizer, groups, options.peak_rate, betas, options.adam_eps)
     last = folder / "last.pth"
-    start = _restore(last, detector, optimizer, identity) if resume and last.is_file() else 0
+    start = _restore(last, detector, optimizer, identity, options.total_iterations) if resume and last.is_file() else 0
     on_main(lambda: log.truncate(start))
     detector.train()
     model = _loss_module(detector)
@@ -236,8 +239,10 @@ def save_training_state(path: Path, detector: Detector, optimizer: Optimizer, it
     )
 
 
-def _restore(path: Path, detector: Detector, optimizer: Optimizer, identity: dict) -> int:
-    content = load_checkpoint(path)
+def _restore(path: Path, detector: Detector, optimizer: Optimizer, identity: dict, total_iterations: int) -> int:
+    content = load_checkpoint(
+        path, {"optimizer": mapping, "iteration": whole(0, sys.maxsize)}, {"processes": whole(1, sys.maxsize)}
+    )
     processes = content.get("processes", 1)  # absent in files from before there were several
     if processes != world_size():
         raise UserError(
@@ -254,7 +259,12 @@ def _restore(path: Path, detector: Detector, optimizer: Optimizer, identity: dic
                 f"cannot resume: {str(path)!r} was saved with {name} {stored.get(name)!r}, this command has {expected!r}; "
                 f"repeat the first command's flags{hint}, or start anew with --overwrite"
             )
-    detector.load_trained_state(content["model"])
-    optimizer.load_state_dict(content["optimizer"])
+    if content["iteration"] > total_iterations:
+        raise UserError(
+            f"checkpoint unusable: {str(path)!r} is at iteration {content['iteration']} of {total_iterations}; start anew with "
+            "--overwrite"
+        )
+    detector.load_trained_state(fitting_state(content["model"], detector.trained_state(), path))
+    load_optimizer(optimizer, content["optimizer"], path)
     logger.info("resumed from %s at iteration %d", path, content["iteration"])
     return content["iteration"]

