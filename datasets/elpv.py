@@ -9,7 +9,8 @@ import importlib.util
 from pathlib import Path
 
 from common.errors import UserError
-from datasets.listing import DEFAULT_OPTIONS, ListingOptions, joined, read_index
+from common.readers import read_text
+from datasets.listing import DEFAULT_OPTIONS, ListingOptions, index_source, joined
 from datasets.records import Record
 
 CATEGORIES = ["mono", "poly"]
@@ -29,13 +30,20 @@ def _is_training_cell(name: str) -> bool:
     return int(hashlib.sha256(name.encode()).hexdigest(), 16) % 5 != 0
 
 
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise ValueError(f"{text} is no probability")
+    return value
+
+
 def _cells(root: Path, item: str) -> list[tuple[Path, float]]:
     labels = root / _LABELS
     cells = []
-    for number, line in enumerate(read_index(labels, "ELPV labels").splitlines(), 1):
+    for number, line in enumerate(read_text(index_source(labels, "ELPV labels")).splitlines(), 1):
         try:
             name, probability, kind = line.split()
-            probability = float(probability)
+            probability = _share(probability)
         except ValueError as error:
             raise UserError(
                 f"ELPV labels damaged: line {number} of {str(labels)!r} is {line!r}, expected 'path probability type'"

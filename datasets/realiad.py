@@ -8,15 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.errors import UserError
+from common.readers import read_json
 from datasets.images import list_images
 from datasets.listing import (
     DEFAULT_OPTIONS,
+    Inside,
     ListingOptions,
     defective_record,
     enumerated,
+    index_source,
     joined,
     leaves_folder,
-    read_json,
     report_unmasked,
 )
 from datasets.records import Record
@@ -53,7 +55,7 @@ def _index_file(root: Path, item: str, name: str) -> Path:
 
 def _entries(root: Path, item: str, split: str, options: ListingOptions) -> list[_Entry]:
     path = _index_file(root, item, options.realiad_json)
-    content = read_json(path, "Real-IAD index")
+    content = read_json(index_source(path, "Real-IAD index"), object)
     records = content.get(split) if isinstance(content, dict) else None
     if not isinstance(records, list) or not records:
         raise UserError(
@@ -61,12 +63,14 @@ def _entries(root: Path, item: str, split: str, options: ListingOptions) -> list
             "download it again"
         )
     folder = root / IMAGES / item
+    inside = Inside(folder)
     return [
-        _entry(record, folder, f"record {number} of {split!r} in {str(path)!r}") for number, record in enumerate(records, 1)
+        _entry(record, folder, inside, f"record {number} of {split!r} in {str(path)!r}")
+        for number, record in enumerate(records, 1)
     ]
 
 
-def _entry(record, folder: Path, where: str) -> _Entry:
+def _entry(record, folder: Path, inside: Inside, where: str) -> _Entry:
     """One record, checked; its files may be missing."""
     if not isinstance(record, dict):
         raise UserError(f"Real-IAD index damaged: {where} is no object; download it again")
@@ -83,7 +87,14 @@ def _entry(record, folder: Path, where: str) -> _Entry:
             f"Real-IAD index damaged: {where} has the unknown anomaly_class {kind!r}; expected {GOOD} {' '.join(DEFECTS)}; "
             "download it again"
         )
-    return _Entry(joined(folder, image, where), joined(folder, mask, where) if mask else None, kind)
+    paths = [joined(folder, name, where) if name else None for name in (image, mask)]
+    for path in paths:
+        if path is not None and not inside.holds(path):
+            raise UserError(
+                f"path refused: {where} leaves the data set by a symbolic link: {str(path)!r}; put the file itself into "
+                f"{str(folder)!r}"
+            )
+    return _Entry(*paths, kind)
 
 
 def _existing(entries: list[_Entry], item: str, split: str, options: ListingOptions) -> list[_Entry]:

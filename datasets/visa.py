@@ -1,11 +1,10 @@
 """VisA: prepared as folders in MVTec layout, or as downloaded, where `split_csv/1cls.csv` says what each image is."""
 
-import csv
-import io
 from dataclasses import dataclass
 from pathlib import Path
 
 from common.errors import UserError
+from common.readers import Line, read_table
 from datasets import mvtec
 from datasets.images import list_images
 from datasets.listing import (
@@ -13,8 +12,8 @@ from datasets.listing import (
     ListingOptions,
     defective_record,
     enumerated,
+    index_source,
     joined,
-    read_index,
     report_unmasked,
 )
 from datasets.records import Record
@@ -46,25 +45,17 @@ def _prepared_root(root: Path) -> Path | None:
     return None if (root / SPLIT).is_file() else root
 
 
-def _lines(path: Path) -> list[dict]:
-    """Lines of the csv by column name; raises UserError if it is absent or not as published."""
-    reader = csv.DictReader(io.StringIO(read_index(path, "VisA split"), newline=""))
-    try:
-        columns, lines = reader.fieldnames or [], list(reader)
-    except csv.Error as error:
-        raise UserError(f"VisA split damaged: {str(path)!r} is no csv ({error}); download it again") from error
-    if not set(_COLUMNS) <= set(columns):
-        raise UserError(f"VisA split damaged: {str(path)!r} must begin with the line {','.join(_COLUMNS)}; download it again")
-    return lines
+def _lines(path: Path) -> list[Line]:
+    return read_table(index_source(path, "VisA split"), _COLUMNS, further=True, own=False)[1]
 
 
 def _rows(root: Path, item: str, split: str) -> list[_Row]:
     """Lines of the csv for one category and split, checked; their files may be missing."""
     path = root / SPLIT
     rows = []
-    for number, line in enumerate(_lines(path), 2):
-        where = f"line {number} of {str(path)!r}"
-        name, part, label, image, mask = (line[column] for column in _COLUMNS)
+    for line in _lines(path):
+        where = f"line {line.number} of {str(path)!r}"
+        name, part, label, image, mask = (line.cells[column] for column in _COLUMNS)
         if part not in _SPLITS or label not in _LABELS or not image:
             raise UserError(
                 f"VisA split damaged: {where} has split {part!r}, label {label!r} and image {image!r}; expected train or test, "
