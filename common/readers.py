@@ -10,7 +10,7 @@ import json
 import math
 import os
 import stat
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -123,12 +123,61 @@ def read_yaml(source: Source) -> dict[str, Any]:
     return content
 
 
+Check = Callable[[object], bool]
+
+
+def is_text(value: object) -> bool:
+    """Text of any kind."""
+    return isinstance(value, str)
+
+
+def is_texts(value: object) -> bool:
+    """A list of texts, perhaps empty."""
+    return isinstance(value, list) and all(map(is_text, value))
+
+
+def is_count(value: object) -> bool:
+    """A whole number from 0 to what 64 bits hold."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
+
+
+def is_number(value: object) -> bool:
+    """A number, finite also once it is multiplied."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
+
+
+def check_fields(
+    source: Source, content: object, required: Mapping[str, Check], optional: Mapping[str, Check] | None = None
+) -> dict:
+    """`content` if it is an object with these fields, each of which passes its check; raises DamagedFile naming the first."""
+    if not isinstance(content, dict):
+        raise source.damaged(f"has {content!r:.50} where {' '.join(required)} should be")
+    for name, check in {**(optional or {}), **required}.items():
+        if name not in content and name in required:
+            raise source.damaged(f"has no {name!r}")
+        if name in content and not check(content[name]):
+            raise source.damaged(f"has an unusable {name!r}: {content[name]!r:.50}")
+    return content
+
+
 @dataclass(frozen=True)
 class Line:
     """One row of a table: where it ends in the file (from 1, the header is 1), and its cells by column."""
 
     number: int
     cells: dict[str, str]
+
+    @property
+    def place(self) -> str:
+        """The line in a sentence of `Source.damaged`."""
+        return f"line {self.number} of "
+
+    def number_in(self, source: Source, column: str) -> float:
+        """The finite number in a cell; raises DamagedFile if there is none."""
+        try:
+            return _finite(self.cells[column])
+        except ValueError as error:
+            raise source.damaged(f"has the {column} {self.cells[column]!r:.50}", self.place) from error
 
 
 def read_table(source: Source, columns: Sequence[str], further: bool = False, own: bool = True) -> tuple[list[str], list[Line]]:
@@ -155,7 +204,7 @@ def read_table(source: Source, columns: Sequence[str], further: bool = False, ow
         raise source.damaged(f"has unknown columns in line 1; it must begin with the line {','.join(columns)}")
     for number, cells in rows[1:]:
         if len(cells) != len(names):
-            raise source.damaged(f"has {len(cells)} of {len(names)} cells", f"line {number} of ")
+            raise source.damaged(f"has {len(cells)} of {len(names)} cells", Line(number, {}).place)
     return names, [Line(number, dict(zip(names, cells, strict=True))) for number, cells in rows[1:]]
 
 
@@ -182,7 +231,7 @@ def _refuse_repeated(names: Iterable[Hashable]) -> NoReturn:
 def _finite(text: str) -> float:
     value = float(text)
     if not math.isfinite(value):
-        raise ValueError(f"the number {text} is too large")
+        raise ValueError(f"{text} is no finite number")
     return value
 
 

@@ -1,6 +1,7 @@
 """What all layouts share: how a listing is asked for, and how names and files from elsewhere are kept harmless."""
 
 import os
+import unicodedata
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
@@ -46,6 +47,11 @@ def leaves_folder(name: str) -> bool:
     """True for a relative path that could point out of the folder it is joined to, on any system; symbolic links are not followed."""
     path = PureWindowsPath(name)  # knows both kinds of slashes
     return bool(path.drive or path.root) or ".." in path.parts
+
+
+def has_control_characters(name: str) -> bool:
+    """True for a name with line ends, escape sequences or bytes that are no text, which could forge lines of a log."""
+    return any(unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") for character in name)
 
 
 def joined(folder: Path, name: str, where: str) -> Path:
