@@ -1,6 +1,8 @@
 """Faults that are put into a command before it begins (see `tests.commands`, `plug`)."""
 
 import itertools
+import os
+import sys
 from collections.abc import Callable
 
 import torch
@@ -45,3 +47,13 @@ def _change_maps(change: Callable[[torch.Tensor], torch.Tensor]) -> None:
         kinds += kind.__subclasses__()
         if kind is not Detector and "anomaly_map" in vars(kind):
             kind.anomaly_map = wrapped(kind.anomaly_map)
+
+
+def end_when_opened(folder: str) -> None:
+    """The process ends with code 99 as soon as it opens anything below a folder."""
+
+    def watch(event: str, arguments: tuple) -> None:
+        if event == "open" and str(arguments[0]).startswith(folder):
+            os._exit(99)
+
+    sys.addaudithook(watch)
