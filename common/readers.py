@@ -46,6 +46,12 @@ class Source:
         return DamagedFile(f"{self.what} {problem}: {place}{str(self.path)!r} {reason}; {self.advice}")
 
 
+def brief(error: Exception) -> str:
+    """What an exception says, as part of a sentence: one line of at most 300 characters, all of which can be printed."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text[:300])
+
+
 def read_bytes(source: Source, largest: int = LARGEST_TEXT) -> bytes:
     """Content of a regular file; raises DamagedFile if there is none, it cannot be read or it is larger than `largest`."""
     try:
@@ -101,7 +107,7 @@ def read_json(source: Source, kind: type = dict) -> Any:
     try:
         content = parse_json(read_text(source))
     except ValueError as error:
-        raise source.damaged(f"is no JSON ({error})") from error
+        raise source.damaged(f"is no JSON ({brief(error)})") from error
     if not isinstance(content, kind):
         raise source.damaged(f"must hold {_KINDS[kind]}")
     return content
@@ -114,7 +120,7 @@ def read_yaml(source: Source) -> dict[str, Any]:
         content = yaml.load(text, _PlainLoader)  # noqa: S506 - a safe loader that refuses more
         _check_depth(content)
     except (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:  # what tags raise
-        reason = "nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())
+        reason = "nested too deeply" if isinstance(error, RecursionError) else brief(error)
         raise source.damaged(f"cannot be read as YAML ({reason})") from error
     if content is None:
         raise source.damaged("is empty")
@@ -196,7 +202,7 @@ def read_table(source: Source, columns: Sequence[str], further: bool = False, ow
         rows = [(reader.line_num, cells) for cells in reader if cells]
     except csv.Error as error:
         cut = "; it is cut short" if own and not text.endswith("\n") else ""
-        raise source.damaged(f"is no csv ({error}{cut})") from error
+        raise source.damaged(f"is no csv ({brief(error)}{cut})") from error
     if own and not text.endswith("\n"):
         raise source.damaged(f"is cut short in line {rows[-1][0]}")
     names = rows[0][1] if rows else []

@@ -6,6 +6,7 @@ and test by a hash of their file name, so the split is the same everywhere.
 
 import hashlib
 import importlib.util
+import os
 from pathlib import Path
 
 from common.errors import UserError
@@ -46,10 +47,10 @@ def _cells(root: Path, item: str) -> list[tuple[Path, float]]:
             probability = _share(probability)
         except ValueError as error:
             raise UserError(
-                f"ELPV labels damaged: line {number} of {str(labels)!r} is {line!r}, expected 'path probability type'"
+                f"ELPV labels damaged: line {number} of {str(labels)!r} is {line!r:.100}, expected 'path probability type'"
             ) from error
         path = joined(root, name, f"line {number} of {str(labels)!r}")
-        if kind == item and not path.is_file():
+        if kind == item and not os.path.isfile(path):
             raise UserError(f"ELPV image missing: line {number} of {str(labels)!r} names {name!r}, which does not exist")
         if kind == item:
             cells.append((path, probability))

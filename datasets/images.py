@@ -1,5 +1,7 @@
 """Decode one image or mask from disk, or say in one sentence why not. Every image of this program is opened here."""
 
+import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,12 +10,14 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
 from common.errors import UserError
+from common.readers import brief
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"}
 # What those suffixes mean. PIL knows forty more formats, of which some start other programs (EPS: Ghostscript), and tries them
 # all whatever a file's name. JPEG includes MPO, a telephone's photograph with a preview behind it.
 _FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP")
 DEFAULT_MAX_PIXELS = 100_000_000
+warnings.filterwarnings("ignore", module=r"PIL\.")  # of odd metadata and palettes, in the middle of a progress bar
 Image.MAX_IMAGE_PIXELS = None  # `max_pixels` replaces it, with a sentence instead of a warning
 _SIXTEEN_BIT_MODES = {"I;16", "I;16B", "I;16L", "I;16N", "I"}
 _SWAPPED_ORIENTATIONS = {5, 6, 7, 8}  # EXIF: the displayed image is turned by 90 degrees
@@ -37,13 +41,13 @@ def _errors_of(path: Path, reason: str) -> Iterator[None]:
     except (UserError, MemoryError):
         raise
     except Exception as error:
-        raise UserError(f"{reason} ({' '.join(str(error).split()) or type(error).__name__}); replace or remove it") from error
+        raise UserError(f"{reason} ({brief(error)}); replace or remove it") from error
 
 
 def _open(path: Path, max_pixels: int) -> Image.Image:
     """The header of an image, whose pixels are not decoded yet."""
-    if not path.is_file():  # opening a pipe would wait for its writer
-        problem = "is no regular file" if path.exists() else "does not exist"
+    if not os.path.isfile(path):  # opening a pipe would wait for its writer
+        problem = "is no regular file" if os.path.exists(path) else "does not exist"
         raise UserError(f"image not found: {str(path)!r} {problem}; correct the path")
     if path.stat().st_size == 0:
         raise UserError(f"cannot read {str(path)!r}: it is empty (0 bytes); replace or remove it")

@@ -55,9 +55,17 @@ def has_control_characters(name: str) -> bool:
 
 
 def joined(folder: Path, name: str, where: str) -> Path:
-    """`folder / name`, for a name read from the file or line `where`; raises UserError if it is absolute or has `..`."""
+    """`folder / name`, for a name read from the file or line `where`; raises UserError if it is absolute, has `..` or is none."""
     if leaves_folder(name):
-        raise UserError(f"path refused: {where} points outside the data set: {name!r}; it must be relative to {str(folder)!r}")
+        raise UserError(
+            f"path refused: {where} points outside the data set: {name!r:.200}; it must be relative to {str(folder)!r}"
+        )
+    try:
+        possible = b"\0" not in os.fsencode(name)
+    except UnicodeEncodeError:
+        possible = False
+    if not possible:
+        raise UserError(f"path refused: {where} has {name!r:.200}, which no file can be called; download it again")
     return folder / name
 
 
@@ -86,7 +94,7 @@ def index_source(path: Path, what: str) -> Source:
 
 def defective_record(image: Path, mask: Path | None, item: str, kind: str) -> Record:
     """Record of a defective image that an index names with its mask, which may be missing."""
-    return Record(image, 1, item, (mask,) if mask is not None and mask.is_file() else (), kind)
+    return Record(image, 1, item, (mask,) if mask is not None and os.path.isfile(mask) else (), kind)
 
 
 def report_unmasked(records: list[Record], images: str, options: ListingOptions) -> None:

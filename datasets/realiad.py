@@ -4,6 +4,7 @@ All views are used. The noisy training sets (`realiad_jsons_fuiad_*`) hold defec
 record's class is, it is trained on as if it were good.
 """
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,11 +81,11 @@ def _entry(record, folder: Path, inside: Inside, where: str) -> _Entry:
     image, mask, kind = record["image_path"], record.get("mask_path"), record["anomaly_class"]
     if not isinstance(image, str) or not image or not isinstance(mask, str | None):
         raise UserError(
-            f"Real-IAD index damaged: {where} has the paths {image!r} and {mask!r}; expected text; download it again"
+            f"Real-IAD index damaged: {where} has the paths {image!r:.200} and {mask!r:.200}; expected text; download it again"
         )
     if kind != GOOD and kind not in DEFECTS:
         raise UserError(
-            f"Real-IAD index damaged: {where} has the unknown anomaly_class {kind!r}; expected {GOOD} {' '.join(DEFECTS)}; "
+            f"Real-IAD index damaged: {where} has the unknown anomaly_class {kind!r:.50}; expected {GOOD} {' '.join(DEFECTS)}; "
             "download it again"
         )
     paths = [joined(folder, name, where) if name else None for name in (image, mask)]
@@ -98,7 +99,7 @@ def _entry(record, folder: Path, inside: Inside, where: str) -> _Entry:
 
 
 def _existing(entries: list[_Entry], item: str, split: str, options: ListingOptions) -> list[_Entry]:
-    absent = [entry.image for entry in entries if not entry.image.is_file()]
+    absent = [entry.image for entry in entries if not os.path.isfile(entry.image)]
     if absent:
         options.on_fault(
             f"{len(absent)} {split} images of Real-IAD {item!r} are missing: {enumerated(absent)}; unpack {IMAGES} again"

@@ -1,5 +1,6 @@
 """VisA: prepared as folders in MVTec layout, or as downloaded, where `split_csv/1cls.csv` says what each image is."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,7 +59,7 @@ def _rows(root: Path, item: str, split: str) -> list[_Row]:
         name, part, label, image, mask = (line.cells[column] for column in _COLUMNS)
         if part not in _SPLITS or label not in _LABELS or not image:
             raise UserError(
-                f"VisA split damaged: {where} has split {part!r}, label {label!r} and image {image!r}; expected train or test, "
+                f"VisA split damaged: {where} has split {part!r:.50}, label {label!r:.50} and image {image!r:.200}; expected train or test, "
                 "normal or anomaly, and a path; download it again"
             )
         if (name, part) == (item, split):
@@ -72,12 +73,12 @@ def _rows(root: Path, item: str, split: str) -> list[_Row]:
 
 def _listed(rows: list[_Row], item: str, options: ListingOptions) -> list[Record]:
     """Records in order of label and file name, as the prepared folders give them."""
-    absent = [row.image for row in rows if not row.image.is_file()]
+    absent = [row.image for row in rows if not os.path.isfile(row.image)]
     if absent:
         options.on_fault(f"{len(absent)} VisA images of {item!r} are missing: {enumerated(absent)}; unpack the data set again")
     records = []
     for row in sorted(rows, key=lambda row: (row.label == _DEFECTIVE, row.image)):
-        if not row.image.is_file():
+        if row.image in absent:
             continue
         if row.label != _DEFECTIVE:
             records.append(Record(row.image, 0, item))

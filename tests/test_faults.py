@@ -345,7 +345,7 @@ def test_absent_device(fails, mvtec, device):
     [
         ("totel_iters: 5", "did you mean 'total_iters'?"),
         ("", "empty"),
-        ("- a\n- b", "no list of `flag: value` lines"),
+        ("- a\n- b", "no list of `name: value` lines"),
         ("resume: 7", "resume must be true or false"),
         ("batch_size: [1, 2]", "batch_size has the unusable value"),
         ("a: !!python/object/apply:os.system ['true']", "cannot be read as YAML"),

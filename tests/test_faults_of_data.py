@@ -387,6 +387,7 @@ CONFIGURATIONS = {
     "bytes": ("seed: \udcff", "is no UTF-8 text"),
     "digits": ("seed: " + "9" * 5000, "cannot be read as YAML"),
     "date": ("seed: 2001-99-99", "cannot be read as YAML"),
+    "flag": ("item: [bottle, --overwrite]", "item has the unusable value"),
     "mapping": ("seed: {a: 1}", "seed has the unusable value"),
 }
 
@@ -417,7 +418,9 @@ HOSTILE_INDICES = {
     "absolute": ([realiad_record("OK", "OUTSIDE/secret.jpg")], "points outside the data set"),
     "link": ([realiad_record("OK", "OK/link.jpg")], "leaves the data set by a symbolic link"),
     "linked folder": ([realiad_record("OK", "folder/secret.jpg")], "leaves the data set by a symbolic link"),
-    "lost": ([realiad_record("OK", "OK/gone\0.jpg")], "1 training images of Real-IAD 'audiojack' are missing"),
+    "zero byte": ([realiad_record("OK", "OK/S0000\0/a.jpg")], "which no file can be called"),
+    "half a character": ([realiad_record("OK", "\ud800/a.jpg")], "which no file can be called"),
+    "long": ([realiad_record("OK", "x" * 5000)], "1 training images of Real-IAD 'audiojack' are missing"),
 }
 
 
@@ -439,7 +442,7 @@ def test_a_hostile_index_leads_to_no_file_outside(refuses, tmp_path, reader, kin
     flags = ("--dataset", "Real-IAD", "--item", "audiojack")
     sentence = refuses(reader, root, *flags, plug=f"tests.plugs:end_when_opened:{outside}")
     assert words in sentence
-    assert str(path) in sentence or kind == "lost"
+    assert str(path) in sentence or kind == "long"
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import platform
 import re
 import shutil
@@ -112,7 +113,7 @@ class RunFolder:
     def stored_config(self) -> dict | None:
         """As `read_stored_config`, None for a new folder."""
         path = self.path / "config.yaml"
-        return read_stored_config(path) if path.is_file() else None
+        return read_stored_config(path) if os.path.isfile(path) else None
 
     def claim(self, config: dict, identity_keys: Iterable[str], facts: dict[str, object], overwrite: bool) -> bool:
         """Check that this configuration may write here; true if the folder holds another run, to be deleted first.
@@ -163,12 +164,20 @@ class RunFolder:
             shutil.rmtree(child) if child.is_dir() else child.unlink()
 
     def forget(self, model: str, items: list[str], model_folder: Path) -> None:
-        """Delete what an earlier training of a model and every evaluation of its categories left."""
+        """Delete what an earlier training of a model and every evaluation of its categories left.
+
+        Raises:
+            DamagedFile: a table that is to keep the other categories cannot be read; then nothing is deleted.
+        """
+        # a folder of any other name may be a category's
+        tests = [RunFolder(folder) for folder in self.path.iterdir() if is_folder_of_a_test(folder.name) and folder.is_dir()]
+        for folder in (self, *tests):
+            folder.rows()
+            folder.pixel_errors()
         for path in (model_folder / "model.pth", model_folder / "last.pth", self.path / "report.html"):
             path.unlink(missing_ok=True)
-        for folder in self.path.iterdir():
-            if is_folder_of_a_test(folder.name) and folder.is_dir():  # any other name may be a category's
-                RunFolder(folder).forget(model, items, folder)
+        for folder in tests:
+            folder.forget(model, items, folder.path)
         rows = self.rows()
         for item in items:
             shutil.rmtree(self.item_folder(item), ignore_errors=True)
