@@ -3,8 +3,6 @@
 import csv
 import json
 import shutil
-from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +10,9 @@ import pytest
 from PIL import Image
 
 from tests.broken_files import DAMAGES, damage, in_all_modes
-from tests.commands import Commands, Finished
-from tests.entry_scripts import ALL, DINOMALY, INP_FEW, INP_SINGLE, RAAD, VARAD, EntryScript, every_entry_script
+from tests.commands import Finished
+from tests.data_readers import CHECK, EVALUATE, TRAININGS, Reader, each, every_reader, one_with_all
+from tests.entry_scripts import DINOMALY, INP_FEW, INP_SINGLE, RAAD, VARAD, EntryScript, every_entry_script
 from tests.miniature import SIDE, make_mvtec, save, texture
 from tests.miniature_layouts import (
     each_tree,
@@ -39,56 +38,12 @@ def packed(commands, tmp_path_factory) -> Path:
     return output
 
 
-@dataclass(frozen=True)
-class Reader:
-    """A command that reads a data set with its masks: a training script or a tool."""
-
-    name: str
-    script: EntryScript | None = None
-
-    def run(
-        self, commands: Commands, tmp_path: Path, data: Path, *flags: str, packed: Path, plug: str | None = None
-    ) -> Finished:
-        if self.script:
-            return commands.run(*self.script.words(tmp_path, data, *flags), plug=plug)
-        model = ("--model", packed) if self.name == "scripts.evaluate" else ()
-        return commands.run(self.name, *model, "--dataset", "Folder", "--data_path", data, *flags, plug=plug)
-
-    def sentences(self, finished: Finished) -> str:
-        """What is wrong with the data, of a command that ended with code 2."""
-        assert finished.code == 2, finished.out + finished.err
-        if self.name != "scripts.check_dataset":
-            return finished.sentence
-        assert "Traceback" not in finished.err
-        lines = [line for line in (finished.out + finished.err).splitlines() if line.startswith("error: ")]
-        assert lines
-        return "\n".join(lines)
-
-
-TRAININGS = [Reader(script.name, script) for script in ALL]
-CHECK, EVALUATE = Reader("scripts.check_dataset"), Reader("scripts.evaluate")
-
-
-def each(readers: list[Reader]) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize("reader", readers, ids=lambda reader: reader.name)
-
-
-every_reader = each([*TRAININGS, CHECK, EVALUATE])
-
-
-def one_with_all(readers: list[Reader], kinds: Iterable[str], some: Iterable[str]) -> list:
-    """(reader, kind): the first reader with all, the others with some: how a file is read does not depend on the script."""
-    first, *others = readers
-    pairs = [(first, kind) for kind in kinds] + [(reader, kind) for reader in others for kind in some]
-    return [pytest.param(*pair, id=f"{pair[0].name}-{pair[1]}") for pair in pairs]
-
-
 @pytest.fixture
 def refuses(commands, tmp_path, packed):
     """Run a reader that must end with code 2; returns its sentence."""
 
     def call(reader: Reader, data: Path, *flags: str, plug: str | None = None) -> str:
-        return reader.sentences(reader.run(commands, tmp_path, data, *flags, packed=packed, plug=plug))
+        return reader.refusal(commands, tmp_path, data, *flags, model=packed, plug=plug)
 
     return call
 
@@ -98,7 +53,7 @@ def accepts(commands, tmp_path, packed):
     """Run a reader that must end with code 0."""
 
     def call(reader: Reader, data: Path, *flags: str) -> Finished:
-        finished = reader.run(commands, tmp_path, data, *flags, packed=packed)
+        finished = reader.run(commands, tmp_path, data, *flags, model=packed)
         assert finished.code == 0, finished.out + finished.err
         return finished
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.data_readers import CHECK, TRAININGS, one_with_all
 from tests.entry_scripts import INP_FEW, INP_SINGLE, VARAD, EntryScript
 from tests.miniature import make_mvtec
 from tests.run_folders import make_run, row
-from tests.test_faults_of_data import CHECK, TRAININGS, one_with_all, packed, refuses  # noqa: F401 - fixtures
 from utils.metrics import METRIC_NAMES
 
 COLUMNS = ",".join(("item", *METRIC_NAMES))
@@ -221,42 +221,39 @@ NAMES = {
 
 
 @pytest.mark.parametrize(("reader", "name"), one_with_all([CHECK, *TRAININGS], NAMES, ("config.yaml", "line\nerror: forged")))
-def test_categories_that_cannot_name_folders_and_lines(refuses, tmp_path, reader, name):  # noqa: F811
+def test_categories_that_cannot_name_folders_and_lines(commands, tmp_path, reader, name):
     data = make_mvtec(tmp_path / "data", items=(name,), train=1, good=1, defective=1)
-    sentence = refuses(reader, data)
+    sentence = reader.refusal(commands, tmp_path, data)
     assert NAMES[name] in sentence
     assert repr(name) in sentence
     assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize(("reader", "name"), one_with_all(TRAININGS, ("..", "../up", "/absolute", "a\nb"), ("../up",)))
-def test_names_of_runs_stay_in_their_folder(refuses, tmp_path, mvtec, reader, name):  # noqa: F811
-    assert "must be a plain name without slashes and control characters" in refuses(reader, mvtec, "--save_name", name)
+def test_names_of_runs_stay_in_their_folder(commands, tmp_path, mvtec, reader, name):
+    assert "must be a plain name without slashes and control characters" in reader.refusal(
+        commands, tmp_path, mvtec, "--save_name", name
+    )
     assert not (tmp_path / "runs").exists()
 
 
 def test_no_cell_is_a_formula_and_no_name_is_markup(commands, tmp_path):
-    """Through every table that training, prediction and report write."""
-    items = ("=1+1", "+a", "-b", "@c", "<img src=x onerror=alert(1)>")
-    data = make_mvtec(tmp_path / "data", items=items, train=2, good=2, defective=1)
-    cut = data / "=1+1" / "test" / "good" / "=bad.png"
-    cut.write_bytes(b"")
-    script = EntryScript(INP_FEW.name, (*INP_FEW.flags, "--per_category", "--total_iters", "1", "--skip_bad_images"), "")
-    words = script.words(tmp_path, data, "--save_name", "=name")
-    (data / "+a" / "train" / "good" / "000.png").write_bytes(b"")  # fails: one image is left for two shots
-    assert commands.run(*words).code in (1, 2)
-    shutil.copy(data / "-b" / "train" / "good" / "000.png", data / "+a" / "train" / "good" / "000.png")
-    assert commands.run(*words).code == 0
-    (run,) = (tmp_path / "runs").glob("=name*")
-    flags = ("--output", tmp_path / "table.md", "--html", tmp_path / "page.html")
-    assert commands.run("scripts.report", run, *flags).code == 0
-    tables = [*run.rglob("*.csv"), tmp_path / "table.csv"]
-    assert {path.name for path in tables} >= {"results.csv", "scores.csv", "chosen_files.csv", "bad_images.csv", "table.csv"}
+    """Through every table that training and report write."""
+    data = make_mvtec(tmp_path / "data", items=("=1+1", "@c", "<img src=x onerror=alert(1)>"), train=2, good=2, defective=1)
+    (data / "=1+1" / "test" / "good" / "=bad.png").write_bytes(b"")
+    for name, flags, code in (("=failed", (), 1), ("+skipped", ("--skip_bad_images",), 0)):
+        finished = commands.run(*INP_FEW.words(tmp_path, data, "--save_name", name, "--cache_features", "off", *flags))
+        assert finished.code == code, finished.err
+    runs, flags = list((tmp_path / "runs").glob("[=+]*")), ("--output", tmp_path / "table.md", "--html", tmp_path / "page.html")
+    assert commands.run("scripts.report", *runs, *flags).code == 0
+    tables = [*(tmp_path / "runs").rglob("*.csv"), tmp_path / "table.csv"]
+    names = {"results.csv", "scores.csv", "chosen_files.csv", "bad_images.csv", "failures.csv", "table.csv"}
+    assert {path.name for path in tables} == names
     for path in tables:
         with path.open(newline="") as file:
             cells = [cell for line in csv.reader(file) for cell in line if cell]
         assert [cell for cell in cells if cell[0] in "=+-@\t\r" and not is_number(cell)] == [], path
-    for page in (run / "report.html", tmp_path / "page.html", tmp_path / "table.md"):
+    for page in (runs[0] / "report.html", tmp_path / "page.html", tmp_path / "table.md"):
         assert "<img src=x" not in page.read_text()
         assert "onerror" in page.read_text()
 
