@@ -33,7 +33,7 @@ def log_to_file(path: Path) -> Iterator[None]:
     if not is_main():
         yield
         return
-    handler = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
+    handler = logging.FileHandler(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     root = logging.getLogger()
     root.addHandler(handler)
