@@ -320,6 +320,16 @@ def test_shots_that_there_are_not(refuses, mvtec, reader):  # case 20
         assert f"{number} is not at least 1" in refuses(reader, mvtec, "--shot", number)
 
 
+@each(TRAININGS)
+def test_sizes_that_do_not_fit(refuses, mvtec, reader):  # case 21
+    if reader.script is RAAD:
+        assert "use 64 or 96" in refuses(reader, mvtec, "--image_size", "80")
+        assert "is not at least 64" in refuses(reader, mvtec, "--image_size", "32")
+        return
+    assert "use 56 or 70" in refuses(reader, mvtec, "--crop_size", "60")
+    assert "larger than --input_size 64; lower the crop to 56" in refuses(reader, mvtec, "--crop_size", "70")
+
+
 @every_entry_script
 def test_a_batch_larger_than_the_set_is_no_empty_epoch(refuses, tmp_path, mvtec, script):  # case 22
     sentence = refuses(Reader(script.name, script), mvtec, "--batch_size", "99")
