@@ -17,7 +17,6 @@ IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"}
 # all whatever a file's name. JPEG includes MPO, a telephone's photograph with a preview behind it.
 _FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP")
 DEFAULT_MAX_PIXELS = 100_000_000
-warnings.filterwarnings("ignore", module=r"PIL\.")  # of odd metadata and palettes, in the middle of a progress bar
 Image.MAX_IMAGE_PIXELS = None  # `max_pixels` replaces it, with a sentence instead of a warning
 _SIXTEEN_BIT_MODES = {"I;16", "I;16B", "I;16L", "I;16N", "I"}
 _SWAPPED_ORIENTATIONS = {5, 6, 7, 8}  # EXIF: the displayed image is turned by 90 degrees
@@ -37,7 +36,9 @@ def list_images(folder: Path) -> list[Path]:
 def _errors_of(path: Path, reason: str) -> Iterator[None]:
     """Turn what PIL raises into a sentence; there is no list of it, as its decoders trust what a header says."""
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PIL's, of odd metadata and palettes, in the middle of a progress bar
+            yield
     except (UserError, MemoryError):
         raise
     except Exception as error:
@@ -76,6 +77,7 @@ def image_size(path: Path, max_pixels: int = DEFAULT_MAX_PIXELS) -> tuple[int, i
             return image.size  # however it is turned: spares decoding a whole PNG file
         with _decoding(path):
             swapped = image.getexif().get(ExifTags.Base.Orientation) in _SWAPPED_ORIENTATIONS
+        swapped = swapped and image.format != "TIFF"  # of which PIL tells the size as displayed
         return (image.height, image.width) if swapped else image.size
 
 
@@ -99,14 +101,16 @@ def load_image(path: Path, max_pixels: int = DEFAULT_MAX_PIXELS) -> Image.Image:
         return Image.fromarray(np.round(values / 257).astype(np.uint8)).convert("RGB")
     if image.mode == "F":
         raise UserError(f"cannot use {str(path)!r}: floating-point pixels; convert it to 8 or 16 bits")
-    return image.convert("RGB")
+    with _decoding(path):
+        return image.convert("RGB")
 
 
 def load_mask_values(path: Path, max_pixels: int = DEFAULT_MAX_PIXELS) -> np.ndarray:
     """Mask as (H, W) numbers as they are stored; of several colour values the largest."""
     image = _decoded(path, max_pixels)
     if image.mode not in _SIXTEEN_BIT_MODES | {"F", "L", "1"}:
-        image = image.convert("RGB")
+        with _decoding(path):
+            image = image.convert("RGB")
     values = np.asarray(image)
     return values if values.ndim == 2 else values.max(axis=2)
 

@@ -47,6 +47,15 @@ def test_exif_rotation_is_applied(tmp_path):
     assert image_size(tmp_path / "turned.png") == (48, 64)
 
 
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".tif", ".webp"])
+def test_size_of_a_turned_image_is_the_displayed_one(tmp_path, suffix):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    path = tmp_path / f"turned{suffix}"
+    Image.fromarray(RAMP[:10, :30]).save(path, exif=exif)
+    assert image_size(path) == load_image(path).size == (10, 30)
+
+
 def test_size_of_a_square_image_comes_from_its_header_alone(tmp_path):
     """A PNG file may hide its rotation behind the pixels, which a cut one shows by failing; a square needs none of that."""
     for side in (48, 64):

@@ -48,6 +48,7 @@ TAMPERED = [
     ("cost.json", cost(parameters="9"), "has an unusable 'parameters'"),
     ("cost.json", cost(parameters=0), "has no usable 'whole model'"),
     ("cost.json", cost(parameters=10**400), "has an unusable 'parameters'"),
+    ("cost.json", cost(float_macs=0), "has no usable 'whole model'"),
     ("cost.json", cost(weight=1), "has unknown counts of 'whole model'"),
     ("timing.json", b"{}", "has no 'milliseconds'"),
     ("timing.json", b'{"milliseconds": 1e999}', "is no finite number"),
@@ -86,7 +87,7 @@ def test_a_report_names_every_tampered_file_and_shows_the_other_runs(commands, t
     assert "tampered" not in (tmp_path / "report.html").read_text().partition("Our runs")[2]
 
 
-@pytest.mark.parametrize(("name", "content", "words"), [TAMPERED[index] for index in (3, 14, 30)])
+@pytest.mark.parametrize(("name", "content", "words"), [TAMPERED[index] for index in (3, 14, 31)])
 def test_a_report_of_a_tampered_run_alone_is_refused(commands, tmp_path, name, content, words):  # case 43
     folder = make_run(tmp_path, {"bottle": row(0.5)})
     (folder / name).write_bytes(content)
@@ -239,9 +240,8 @@ def test_names_of_runs_stay_in_their_folder(commands, tmp_path, mvtec, reader, n
 
 def test_no_cell_is_a_formula_and_no_name_is_markup(commands, tmp_path):
     """Through every table that training and report write."""
-    data = make_mvtec(
-        tmp_path / "data", items=("=schräube 1", "@c", "<img src=x onerror=alert(1)>"), train=2, good=2, defective=1
-    )
+    items = ("=schräube 1", "@c", "<img src=x onerror=alert(1)>")
+    data = make_mvtec(tmp_path / "data", items=items, train=2, good=2, defective=1)
     (data / "=schräube 1" / "test" / "good" / "=bad.png").write_bytes(b"")
     for name, flags, code in (("=failed", (), 1), ("+skipped", ("--skip_bad_images",), 0)):
         finished = commands.run(*INP_FEW.words(tmp_path, data, "--save_name", name, "--cache_features", "off", *flags))

@@ -82,7 +82,7 @@ def read_cost(path: Path) -> dict[str, Cost] | None:
             raise source.damaged(f"has unknown counts of {part!r}")
     table = {part: Cost(**counted) for part, counted in content.items()}
     for scope in SCOPES:
-        if scope not in table or table[scope].bits <= 0:
+        if scope not in table or table[scope].bits <= 0 or not table[scope].macs:
             raise source.damaged(f"has no usable {scope!r}")
     return table
 
