@@ -179,11 +179,14 @@ class Line:
         return f"line {self.number} of "
 
     def number_in(self, source: Source, column: str) -> float:
-        """The finite number in a cell; raises DamagedFile if there is none."""
+        """The number in a cell; raises DamagedFile if there is none, or one that is not finite once it is multiplied."""
         try:
-            return _finite(self.cells[column])
-        except ValueError as error:
-            raise source.damaged(f"has the {column} {self.cells[column]!r:.50}", self.place) from error
+            value = float(self.cells[column])
+        except ValueError:
+            value = math.nan
+        if not is_number(value):
+            raise source.damaged(f"has the {column} {self.cells[column]!r:.50}", self.place)
+        return value
 
 
 def read_table(source: Source, columns: Sequence[str], further: bool = False, own: bool = True) -> tuple[list[str], list[Line]]:

@@ -54,6 +54,8 @@ def _open(path: Path, max_pixels: int) -> Image.Image:
         raise UserError(f"cannot read {str(path)!r}: it is empty (0 bytes); replace or remove it")
     with _errors_of(path, f"cannot read {str(path)!r}: it is no readable PNG, JPEG, BMP, TIFF or WebP image"):
         image = Image.open(path, formats=_FORMATS)
+    if image.format == "TIFF":
+        image.filename = ""  # else PIL maps an uncompressed one into memory, and one that is turned with its sides exchanged
     if image.width * image.height > max_pixels:
         image.close()
         raise UserError(
