@@ -1,6 +1,7 @@
 """The data sets by the name that `--dataset` takes, and which of their categories a command works on."""
 
 import difflib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,7 +51,7 @@ def data_sources(dataset: str, paths: list[str] | None) -> list[DataSource]:
             f"found {len(paths)}"
         )
     for name, path in zip(names, paths, strict=True):
-        if not Path(path).is_dir():
+        if not os.path.isdir(path):
             raise UserError(f"data not found: --data_path {path!r} is no folder; expected in it: {LAYOUTS[name].tree}")
     return [DataSource(name, Path(path)) for name, path in zip(names, paths, strict=True)]
 

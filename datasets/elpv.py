@@ -6,10 +6,12 @@ and test by a hash of their file name, so the split is the same everywhere.
 
 import hashlib
 import importlib.util
+import os
 from pathlib import Path
 
 from common.errors import UserError
-from datasets.listing import DEFAULT_OPTIONS, ListingOptions, joined, read_index
+from common.readers import read_text
+from datasets.listing import DEFAULT_OPTIONS, ListingOptions, index_source, joined
 from datasets.records import Record
 
 CATEGORIES = ["mono", "poly"]
@@ -29,19 +31,26 @@ def _is_training_cell(name: str) -> bool:
     return int(hashlib.sha256(name.encode()).hexdigest(), 16) % 5 != 0
 
 
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise ValueError(f"{text} is no probability")
+    return value
+
+
 def _cells(root: Path, item: str) -> list[tuple[Path, float]]:
     labels = root / _LABELS
     cells = []
-    for number, line in enumerate(read_index(labels, "ELPV labels").splitlines(), 1):
+    for number, line in enumerate(read_text(index_source(labels, "ELPV labels")).splitlines(), 1):
         try:
             name, probability, kind = line.split()
-            probability = float(probability)
+            probability = _share(probability)
         except ValueError as error:
             raise UserError(
-                f"ELPV labels damaged: line {number} of {str(labels)!r} is {line!r}, expected 'path probability type'"
+                f"ELPV labels damaged: line {number} of {str(labels)!r} is {line!r:.100}, expected 'path probability type'"
             ) from error
         path = joined(root, name, f"line {number} of {str(labels)!r}")
-        if kind == item and not path.is_file():
+        if kind == item and not os.path.isfile(path):
             raise UserError(f"ELPV image missing: line {number} of {str(labels)!r} names {name!r}, which does not exist")
         if kind == item:
             cells.append((path, probability))

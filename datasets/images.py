@@ -1,17 +1,24 @@
-"""Decode one image or mask from disk, or say in one sentence why not."""
+"""Decode one image or mask from disk, or say in one sentence why not. Every image of this program is opened here."""
 
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
 from common.errors import UserError
+from common.readers import brief
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"}
+# What those suffixes mean. PIL knows forty more formats, of which some start other programs (EPS: Ghostscript), and tries them
+# all whatever a file's name. JPEG includes MPO, a telephone's photograph with a preview behind it.
+_FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP")
 DEFAULT_MAX_PIXELS = 100_000_000
 Image.MAX_IMAGE_PIXELS = None  # `max_pixels` replaces it, with a sentence instead of a warning
 _SIXTEEN_BIT_MODES = {"I;16", "I;16B", "I;16L", "I;16N", "I"}
-_DECODING_ERRORS = (OSError, SyntaxError, ValueError, EOFError)  # what PIL raises for files that are no images
 _SWAPPED_ORIENTATIONS = {5, 6, 7, 8}  # EXIF: the displayed image is turned by 90 degrees
 
 
@@ -25,20 +32,44 @@ def list_images(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if is_image_file(path))
 
 
-def _open(path: Path, max_pixels: int) -> Image.Image:
+@contextmanager
+def _errors_of(path: Path, reason: str) -> Iterator[None]:
+    """Turn what PIL raises into a sentence; there is no list of it, as its decoders trust what a header says."""
     try:
-        image = Image.open(path)
-    except _DECODING_ERRORS as error:
-        if not path.exists():
-            raise UserError(f"image not found: {str(path)!r} does not exist; correct the path") from error
-        reason = "is empty (0 bytes)" if path.is_file() and path.stat().st_size == 0 else f"is no readable image ({error})"
-        raise UserError(f"cannot read {str(path)!r}: it {reason}; replace or remove it") from error
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PIL's, of odd metadata and palettes, in the middle of a progress bar
+            yield
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:
+        raise UserError(f"{reason} ({brief(error)}); replace or remove it") from error
+
+
+def _open(path: Path, max_pixels: int) -> Image.Image:
+    """The header of an image, whose pixels are not decoded yet."""
+    if not os.path.isfile(path):  # opening a pipe would wait for its writer
+        problem = "is no regular file" if os.path.exists(path) else "does not exist"
+        raise UserError(f"image not found: {str(path)!r} {problem}; correct the path")
+    if path.stat().st_size == 0:
+        raise UserError(f"cannot read {str(path)!r}: it is empty (0 bytes); replace or remove it")
+    with _errors_of(path, f"cannot read {str(path)!r}: it is no readable PNG, JPEG, BMP, TIFF or WebP image"):
+        image = Image.open(path, formats=_FORMATS)
+    if image.format == "TIFF":
+        image.filename = ""  # else PIL maps an uncompressed one into memory, and one that is turned with its sides exchanged
     if image.width * image.height > max_pixels:
+        image.close()
         raise UserError(
             f"image too large: {str(path)!r} has {image.width}x{image.height} pixels, the limit is {max_pixels}; "
             "scale it down or raise --max_pixels"
         )
+    if image.format != "MPO" and getattr(image, "is_animated", False):
+        image.close()
+        raise UserError(f"cannot use {str(path)!r}: it holds several images; save the one that is meant as a file of its own")
     return image
+
+
+def _decoding(path: Path):
+    return _errors_of(path, f"cannot decode {str(path)!r}: damaged or cut short")
 
 
 def image_size(path: Path, max_pixels: int = DEFAULT_MAX_PIXELS) -> tuple[int, int]:
@@ -46,24 +77,16 @@ def image_size(path: Path, max_pixels: int = DEFAULT_MAX_PIXELS) -> tuple[int, i
     with _open(path, max_pixels) as image:
         if image.width == image.height:
             return image.size  # however it is turned: spares decoding a whole PNG file
-        try:
+        with _decoding(path):
             swapped = image.getexif().get(ExifTags.Base.Orientation) in _SWAPPED_ORIENTATIONS
-        except _DECODING_ERRORS as error:
-            raise _undecodable(path, error) from error
+        swapped = swapped and image.format != "TIFF"  # of which PIL tells the size as displayed
         return (image.height, image.width) if swapped else image.size
 
 
-def _undecodable(path: Path, error: Exception) -> UserError:
-    return UserError(f"cannot decode {str(path)!r}: damaged or cut short ({error}); replace or remove it")
-
-
 def _decoded(path: Path, max_pixels: int) -> Image.Image:
-    with _open(path, max_pixels) as image:
-        try:
-            image.load()
-            return ImageOps.exif_transpose(image)
-        except _DECODING_ERRORS as error:
-            raise _undecodable(path, error) from error
+    with _open(path, max_pixels) as image, _decoding(path):
+        image.load()
+        return ImageOps.exif_transpose(image)
 
 
 def load_image(path: Path, max_pixels: int = DEFAULT_MAX_PIXELS) -> Image.Image:
@@ -80,14 +103,16 @@ def load_image(path: Path, max_pixels: int = DEFAULT_MAX_PIXELS) -> Image.Image:
         return Image.fromarray(np.round(values / 257).astype(np.uint8)).convert("RGB")
     if image.mode == "F":
         raise UserError(f"cannot use {str(path)!r}: floating-point pixels; convert it to 8 or 16 bits")
-    return image.convert("RGB")
+    with _decoding(path):
+        return image.convert("RGB")
 
 
 def load_mask_values(path: Path, max_pixels: int = DEFAULT_MAX_PIXELS) -> np.ndarray:
     """Mask as (H, W) numbers as they are stored; of several colour values the largest."""
     image = _decoded(path, max_pixels)
     if image.mode not in _SIXTEEN_BIT_MODES | {"F", "L", "1"}:
-        image = image.convert("RGB")
+        with _decoding(path):
+            image = image.convert("RGB")
     values = np.asarray(image)
     return values if values.ndim == 2 else values.max(axis=2)
 

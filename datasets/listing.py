@@ -1,14 +1,15 @@
 """What all layouts share: how a listing is asked for, and how names and files from elsewhere are kept harmless."""
 
-import json
+import os
+import unicodedata
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 
 from common.errors import UserError
+from common.readers import Source
 from datasets.records import Record
 
-LARGEST_INDEX = 200_000_000  # bytes of a json or csv file; the largest published one has a few million
 _NAMED = 10
 
 
@@ -48,39 +49,52 @@ def leaves_folder(name: str) -> bool:
     return bool(path.drive or path.root) or ".." in path.parts
 
 
+def has_control_characters(name: str) -> bool:
+    """True for a name with line ends, escape sequences or bytes that are no text, which could forge lines of a log."""
+    return any(unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") for character in name)
+
+
 def joined(folder: Path, name: str, where: str) -> Path:
-    """`folder / name`, for a name read from the file or line `where`; raises UserError if it is absolute or has `..`."""
+    """`folder / name`, for a name read from the file or line `where`; raises UserError if it is absolute, has `..` or is none."""
     if leaves_folder(name):
-        raise UserError(f"path refused: {where} points outside the data set: {name!r}; it must be relative to {str(folder)!r}")
+        raise UserError(
+            f"path refused: {where} points outside the data set: {name!r:.200}; it must be relative to {str(folder)!r}"
+        )
+    try:
+        possible = b"\0" not in os.fsencode(name)
+    except UnicodeEncodeError:
+        possible = False
+    if not possible:
+        raise UserError(f"path refused: {where} has {name!r:.200}, which no file can be called; download it again")
     return folder / name
 
 
-def read_index(path: Path, what: str) -> str:
-    """Text of an index file; raises UserError if it is absent, larger than 200 MB or no text."""
-    try:
-        size = path.stat().st_size
-        if size > LARGEST_INDEX:
-            raise UserError(
-                f"{what} too large: {str(path)!r} has {size} bytes, the limit is {LARGEST_INDEX}; is it the right file?"
-            )
-        return path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError as error:
-        raise UserError(f"{what} not found: {str(path)!r} does not exist; download it again or correct --data_path") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{what} unreadable: {str(path)!r} ({error}); download it again") from error
+class Inside:
+    """Whether files lie below a folder after all symbolic links are followed; remembers the folders between."""
+
+    def __init__(self, folder: Path):
+        self._root = os.path.realpath(folder)
+        self._parents: dict[str, str] = {}
+
+    def holds(self, path: Path) -> bool:
+        """True for a path below the folder, whether or not there is such a file."""
+        parent, name = os.path.split(path)
+        if parent not in self._parents:
+            self._parents[parent] = os.path.realpath(parent)
+        found = os.path.join(self._parents[parent], name)
+        if os.path.islink(found):
+            found = os.path.realpath(found)
+        return os.path.commonpath([self._root, found]) == self._root
 
 
-def read_json(path: Path, what: str):
-    """Content of a json file; raises UserError if it is absent, too large or no JSON."""
-    try:
-        return json.loads(read_index(path, what))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{what} damaged: {str(path)!r} is no JSON ({error}); download it again") from error
+def index_source(path: Path, what: str) -> Source:
+    """A file that came with a data set, to be read."""
+    return Source(path, what, "download it again or correct --data_path")
 
 
 def defective_record(image: Path, mask: Path | None, item: str, kind: str) -> Record:
     """Record of a defective image that an index names with its mask, which may be missing."""
-    return Record(image, 1, item, (mask,) if mask is not None and mask.is_file() else (), kind)
+    return Record(image, 1, item, (mask,) if mask is not None and os.path.isfile(mask) else (), kind)
 
 
 def report_unmasked(records: list[Record], images: str, options: ListingOptions) -> None:

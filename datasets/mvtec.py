@@ -9,7 +9,7 @@ from pathlib import Path
 
 from common.errors import UserError
 from datasets.images import is_image_file, list_images
-from datasets.listing import DEFAULT_OPTIONS, ListingOptions, enumerated
+from datasets.listing import DEFAULT_OPTIONS, ListingOptions, enumerated, has_control_characters
 from datasets.records import Record
 
 TREE = "<item>/train/good/*.png, <item>/test/<good or defect>/*.png, <item>/ground_truth/<defect>/<stem>_mask.png"
@@ -17,13 +17,19 @@ MaskFinder = Callable[[Path, list[Path], ListingOptions], dict[str, tuple[Path, 
 
 
 def discover_categories(root: Path) -> list[str]:
-    """Names of the visible folders below `root` that hold a `train` folder, sorted; raises UserError for none or a backslash."""
+    """Names of the visible folders below `root` that hold a `train` folder, sorted.
+
+    Raises:
+        UserError: there is none, or a name has a backslash or control characters: categories name folders and lines of a log.
+    """
     found = sorted(path.name for path in root.iterdir() if not path.name.startswith(".") and (path / "train").is_dir())
     if not found:
         raise UserError(f"no category in {str(root)!r}: expected {TREE}")
     for name in found:
-        if "\\" in name:  # a folder separator on other systems, and categories name folders of a run
-            raise UserError(f"category {name!r} in {str(root)!r}: rename it, a category must not contain a backslash")
+        if "\\" in name or has_control_characters(name):  # a backslash separates folders on other systems
+            raise UserError(
+                f"category {name!r} in {str(root)!r}: rename it, a category must not contain a backslash or control characters"
+            )
     return found
 
 

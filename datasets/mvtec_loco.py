@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 
 from common.errors import UserError
+from common.readers import read_json
 from datasets.images import list_images, load_mask_values
-from datasets.listing import DEFAULT_OPTIONS, ListingOptions, enumerated, read_json
+from datasets.listing import DEFAULT_OPTIONS, ListingOptions, enumerated, index_source
 from datasets.mvtec import Form, good_records
 from datasets.records import DefectRegion, Record
 
@@ -58,7 +59,7 @@ class _Saturation:
 
 def _saturations(path: Path) -> dict[int, _Saturation]:
     """Saturation by pixel value; raises UserError if the file is absent or not as published."""
-    content = read_json(path, "saturation of defects")
+    content = read_json(index_source(path, "saturation of defects"), object)
     try:
         entries = {
             entry["pixel_value"]: _Saturation(entry["saturation_threshold"], entry["relative_saturation"]) for entry in content
@@ -69,7 +70,8 @@ def _saturations(path: Path) -> dict[int, _Saturation]:
             "and relative_saturation; download it again"
         ) from error
     for value, saturation in entries.items():
-        numbers = isinstance(saturation.threshold, (int, float)) and isinstance(saturation.relative, bool)
+        numbers = isinstance(value, int) and isinstance(saturation.threshold, (int, float))
+        numbers = numbers and isinstance(saturation.relative, bool)
         if not numbers or not 0 < saturation.threshold < math.inf or (saturation.relative and saturation.threshold > 1):
             raise UserError(
                 f"saturation of defects damaged: {str(path)!r} has for pixel value {value!r} the threshold "

@@ -4,19 +4,22 @@ All views are used. The noisy training sets (`realiad_jsons_fuiad_*`) hold defec
 record's class is, it is trained on as if it were good.
 """
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from common.errors import UserError
+from common.readers import read_json
 from datasets.images import list_images
 from datasets.listing import (
     DEFAULT_OPTIONS,
+    Inside,
     ListingOptions,
     defective_record,
     enumerated,
+    index_source,
     joined,
     leaves_folder,
-    read_json,
     report_unmasked,
 )
 from datasets.records import Record
@@ -53,7 +56,7 @@ def _index_file(root: Path, item: str, name: str) -> Path:
 
 def _entries(root: Path, item: str, split: str, options: ListingOptions) -> list[_Entry]:
     path = _index_file(root, item, options.realiad_json)
-    content = read_json(path, "Real-IAD index")
+    content = read_json(index_source(path, "Real-IAD index"), object)
     records = content.get(split) if isinstance(content, dict) else None
     if not isinstance(records, list) or not records:
         raise UserError(
@@ -61,12 +64,14 @@ def _entries(root: Path, item: str, split: str, options: ListingOptions) -> list
             "download it again"
         )
     folder = root / IMAGES / item
+    inside = Inside(folder)
     return [
-        _entry(record, folder, f"record {number} of {split!r} in {str(path)!r}") for number, record in enumerate(records, 1)
+        _entry(record, folder, inside, f"record {number} of {split!r} in {str(path)!r}")
+        for number, record in enumerate(records, 1)
     ]
 
 
-def _entry(record, folder: Path, where: str) -> _Entry:
+def _entry(record, folder: Path, inside: Inside, where: str) -> _Entry:
     """One record, checked; its files may be missing."""
     if not isinstance(record, dict):
         raise UserError(f"Real-IAD index damaged: {where} is no object; download it again")
@@ -76,18 +81,25 @@ def _entry(record, folder: Path, where: str) -> _Entry:
     image, mask, kind = record["image_path"], record.get("mask_path"), record["anomaly_class"]
     if not isinstance(image, str) or not image or not isinstance(mask, str | None):
         raise UserError(
-            f"Real-IAD index damaged: {where} has the paths {image!r} and {mask!r}; expected text; download it again"
+            f"Real-IAD index damaged: {where} has the paths {image!r:.200} and {mask!r:.200}; expected text; download it again"
         )
     if kind != GOOD and kind not in DEFECTS:
         raise UserError(
-            f"Real-IAD index damaged: {where} has the unknown anomaly_class {kind!r}; expected {GOOD} {' '.join(DEFECTS)}; "
+            f"Real-IAD index damaged: {where} has the unknown anomaly_class {kind!r:.50}; expected {GOOD} {' '.join(DEFECTS)}; "
             "download it again"
         )
-    return _Entry(joined(folder, image, where), joined(folder, mask, where) if mask else None, kind)
+    paths = [joined(folder, name, where) if name else None for name in (image, mask)]
+    for path in paths:
+        if path is not None and not inside.holds(path):
+            raise UserError(
+                f"path refused: {where} leaves the data set by a symbolic link: {str(path)!r}; put the file itself into "
+                f"{str(folder)!r}"
+            )
+    return _Entry(*paths, kind)
 
 
 def _existing(entries: list[_Entry], item: str, split: str, options: ListingOptions) -> list[_Entry]:
-    absent = [entry.image for entry in entries if not entry.image.is_file()]
+    absent = [entry.image for entry in entries if not os.path.isfile(entry.image)]
     if absent:
         options.on_fault(
             f"{len(absent)} {split} images of Real-IAD {item!r} are missing: {enumerated(absent)}; unpack {IMAGES} again"

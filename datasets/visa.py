@@ -1,11 +1,11 @@
 """VisA: prepared as folders in MVTec layout, or as downloaded, where `split_csv/1cls.csv` says what each image is."""
 
-import csv
-import io
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from common.errors import UserError
+from common.readers import Line, read_table
 from datasets import mvtec
 from datasets.images import list_images
 from datasets.listing import (
@@ -13,8 +13,8 @@ from datasets.listing import (
     ListingOptions,
     defective_record,
     enumerated,
+    index_source,
     joined,
-    read_index,
     report_unmasked,
 )
 from datasets.records import Record
@@ -46,28 +46,20 @@ def _prepared_root(root: Path) -> Path | None:
     return None if (root / SPLIT).is_file() else root
 
 
-def _lines(path: Path) -> list[dict]:
-    """Lines of the csv by column name; raises UserError if it is absent or not as published."""
-    reader = csv.DictReader(io.StringIO(read_index(path, "VisA split"), newline=""))
-    try:
-        columns, lines = reader.fieldnames or [], list(reader)
-    except csv.Error as error:
-        raise UserError(f"VisA split damaged: {str(path)!r} is no csv ({error}); download it again") from error
-    if not set(_COLUMNS) <= set(columns):
-        raise UserError(f"VisA split damaged: {str(path)!r} must begin with the line {','.join(_COLUMNS)}; download it again")
-    return lines
+def _lines(path: Path) -> list[Line]:
+    return read_table(index_source(path, "VisA split"), _COLUMNS, further=True, own=False)[1]
 
 
 def _rows(root: Path, item: str, split: str) -> list[_Row]:
     """Lines of the csv for one category and split, checked; their files may be missing."""
     path = root / SPLIT
     rows = []
-    for number, line in enumerate(_lines(path), 2):
-        where = f"line {number} of {str(path)!r}"
-        name, part, label, image, mask = (line[column] for column in _COLUMNS)
+    for line in _lines(path):
+        where = f"line {line.number} of {str(path)!r}"
+        name, part, label, image, mask = (line.cells[column] for column in _COLUMNS)
         if part not in _SPLITS or label not in _LABELS or not image:
             raise UserError(
-                f"VisA split damaged: {where} has split {part!r}, label {label!r} and image {image!r}; expected train or test, "
+                f"VisA split damaged: {where} has split {part!r:.50}, label {label!r:.50} and image {image!r:.200}; expected train or test, "
                 "normal or anomaly, and a path; download it again"
             )
         if (name, part) == (item, split):
@@ -81,12 +73,12 @@ def _rows(root: Path, item: str, split: str) -> list[_Row]:
 
 def _listed(rows: list[_Row], item: str, options: ListingOptions) -> list[Record]:
     """Records in order of label and file name, as the prepared folders give them."""
-    absent = [row.image for row in rows if not row.image.is_file()]
+    absent = [row.image for row in rows if not os.path.isfile(row.image)]
     if absent:
         options.on_fault(f"{len(absent)} VisA images of {item!r} are missing: {enumerated(absent)}; unpack the data set again")
     records = []
     for row in sorted(rows, key=lambda row: (row.label == _DEFECTIVE, row.image)):
-        if not row.image.is_file():
+        if row.image in absent:
             continue
         if row.label != _DEFECTIVE:
             records.append(Record(row.image, 0, item))

@@ -25,6 +25,7 @@ from datasets.records import Record
 from utils.arguments import add_data_arguments, listing_options
 from utils.command import run_command
 from utils.loading import default_worker_count
+from utils.run_folder import check_category_names
 from utils.tables import format_rows
 
 HEADER = ("item", "train", "test good", "test defective", "validation", "images", "published", "errors", "warnings")
@@ -71,6 +72,10 @@ def check_category(source: DataSource, item: str, label: str, options: ListingOp
     """Read one category completely; images are decoded one after another per thread, so memory does not grow."""
     layout, finding = source.layout, Finding(label)
     options = replace(options, on_fault=finding.errors.append)
+    try:
+        check_category_names([label])
+    except UserError as error:
+        finding.errors.append(str(error))
     train, test, validation = (listed(part, source, item, options) for part in (layout.train, layout.test, layout.validation))
     defective = sum(record.label for record in test)
     finding.counts = (len(train), len(test) - defective, defective, *([len(validation)] if layout.validation else []))

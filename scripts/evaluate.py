@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from datasets.catalog import Layout, choose_items, data_sources, label_of
-from datasets.records import ImageDataset, Record
+from datasets.records import ImageDataset, Record, check_mask_sizes
 from utils.arguments import add_data_arguments, listing_options
 from utils.command import run_command
 from utils.converters import number
@@ -49,6 +49,7 @@ def evaluate_models(arguments: argparse.Namespace) -> int:
     measured = []
     for source, item in choose_items(sources, arguments.item):
         label, records = label_of(sources, source, item), source.layout.test(source.root, item, listing_options(arguments))
+        check_mask_sizes(records, arguments.max_pixels)
         for path in arguments.model:
             measured.append((path, label, *measure_model(path, label, records, source.layout, arguments)))
     if not is_main():  # under torchrun the main process alone has the measurements

@@ -1,6 +1,8 @@
 """Faults that are put into a command before it begins (see `tests.commands`, `plug`)."""
 
 import itertools
+import os
+import sys
 from collections.abc import Callable
 
 import torch
@@ -74,3 +76,13 @@ def no_network(folder: str) -> None:
     models.encoder.LOCAL_WEIGHTS_FOLDER = Path(folder) / "weights"
     models.teacher.LOCAL_WEIGHTS_FOLDER = Path(folder) / "weights"
     huggingface_hub.constants.HF_HUB_CACHE = str(Path(folder) / "hub")
+
+
+def end_when_opened(folder: str) -> None:
+    """The process ends with code 99 as soon as it opens anything below a folder."""
+
+    def watch(event: str, arguments: tuple) -> None:
+        if event == "open" and str(arguments[0]).startswith(folder):
+            os._exit(99)
+
+    sys.addaudithook(watch)

@@ -47,6 +47,26 @@ def test_exif_rotation_is_applied(tmp_path):
     assert image_size(tmp_path / "turned.png") == (48, 64)
 
 
+@pytest.mark.parametrize(
+    ("suffix", "options"),
+    [
+        (".png", {}),
+        (".jpg", {"quality": 100}),
+        (".webp", {"lossless": True}),
+        (".tif", {}),
+        (".tif", {"compression": "tiff_lzw"}),
+    ],
+)
+def test_a_turned_image_has_the_displayed_size_and_pixels(tmp_path, suffix, options):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    path = tmp_path / f"turned{suffix}"
+    Image.fromarray(RAMP[:10, :30]).save(path, exif=exif, **options)
+    assert image_size(path) == load_image(path).size == (10, 30)
+    difference = np.asarray(load_image(path))[..., 0].astype(int) - np.rot90(RAMP[:10, :30], -1)
+    assert np.abs(difference).max() <= (4 if suffix == ".jpg" else 0)
+
+
 def test_size_of_a_square_image_comes_from_its_header_alone(tmp_path):
     """A PNG file may hide its rotation behind the pixels, which a cut one shows by failing; a square needs none of that."""
     for side in (48, 64):

@@ -64,7 +64,7 @@ def test_loco_regions_have_their_saturation(tmp_path):
         (json.dumps([{"pixel_value": 255, "relative_saturation": True}]), "must be a list of objects"),
         (json.dumps([{**CONFIG[0], "saturation_threshold": "40"}]), "has for pixel value 255 the threshold '40'"),
         (json.dumps([{**CONFIG[0], "saturation_threshold": 0}]), "expected pixels above 0"),
-        (json.dumps([{**CONFIG[0], "saturation_threshold": float("nan")}]), "expected pixels above 0"),
+        (json.dumps([{**CONFIG[0], "saturation_threshold": float("nan")}]), "NaN is no number"),
         (json.dumps([{**CONFIG[1], "saturation_threshold": 1.5}]), "or a share up to 1"),
         (json.dumps([{**CONFIG[0], "relative_saturation": 1}]), "threshold 40"),
         (json.dumps(CONFIG[1:]), r"pixel value 255, .* knows \[254\]"),

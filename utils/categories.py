@@ -10,6 +10,7 @@ from datasets.catalog import DataSource, choose_items, data_sources, label_of
 from datasets.check import shared_images, undecodable
 from datasets.few_shot import VARIANTS_PER_IMAGE, choose_shots
 from datasets.records import Record, check_mask_sizes
+from utils.run_folder import check_category_names
 from utils.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -70,7 +71,9 @@ def list_data(settings: Settings) -> list[CategoryData]:
     options, training = settings.data, settings.phase == "train"
     sources = data_sources(options.dataset, options.paths)
     categories = []
-    for source, name in choose_items(sources, options.items):
+    chosen = choose_items(sources, options.items)
+    check_category_names(label_of(sources, source, name) for source, name in chosen)
+    for source, name in chosen:
         layout, item = source.layout, label_of(sources, source, name)
         train = layout.train(source.root, name, options.listing) if training else []
         kept_apart = training and options.holdout and layout.validation

@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.errors import UserError
+from common.readers import DamagedFile
 from datasets.catalog import LAYOUTS
 from utils.comparison_merge import merge_runs
 from utils.comparison_pairs import but_for_seed, float_of, shared_name
 from utils.hosts import HOSTS
 from utils.metrics import column_names
 from utils.published import SETTINGS, Published, PublishedRow
-from utils.result_files import DamagedResults, Row
+from utils.result_files import Row
 from utils.run_results import Part, Run, has_begun, load_run, missing_of, not_begun, parts_of
 
 
@@ -152,15 +153,18 @@ def compare_runs(folders: Iterable[Path]) -> Comparison:
     """
     folders = list(dict.fromkeys(folders))
     begun = [folder for folder in folders if has_begun(folder)]
-    missing, loaded = not_begun(folders, begun), []
+    missing, loaded, damaged = not_begun(folders, begun), [], []
     for folder in begun:
         try:
             loaded.append(load_run(folder))
-        except DamagedResults as error:  # says which file, and how to renew it
-            missing.append(str(error))
+        except DamagedFile as error:  # says which file, and how to renew it
+            damaged.append(error)
+    missing += map(str, damaged)
     runs, warnings = merge_runs(loaded)
     missing += [line for run in runs for line in missing_of(run)]
     finished = [run for run in runs if run.rows]
+    if not finished and damaged:
+        raise damaged[0]
     if not finished:
         raise UserError(f"no results in {' '.join(map(str, folders))}; train at least one category, or correct the run folders")
     protocols = {run.protocol: [other for other in finished if other.protocol == run.protocol] for run in finished}

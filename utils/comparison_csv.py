@@ -19,7 +19,6 @@ _LAST = (
     "pixel_error", "compared categories", "float run", *_COSTS, "milliseconds", "network", "encoder", "input_size", "crop_size",
     "metric_size", "realiad_json", "source",
 )  # fmt: skip
-_TEXTS = ("dataset", "name", "item", "float run", "realiad_json", "source")  # may begin with a formula sign
 _SUFFIXES = ("", " deviation", " difference", " difference deviation")
 
 
@@ -33,10 +32,19 @@ def write_csv(path: Path, comparison: Comparison, published: Published) -> None:
     for section in comparison.sections:
         lines = [_published_line(row) for row in section.published_rows(published)]
         for line in [*lines, *_our_lines(section)]:
-            writer.writerow({name: safe_cell(cell) if name in _TEXTS else cell for name, cell in line.items()})
+            writer.writerow({name: _cell(cell) for name, cell in line.items()})
     for claim in published.claims:
-        writer.writerow(_claim_line(claim))
+        writer.writerow({name: _cell(cell) for name, cell in _claim_line(claim).items()})
     write_text(path, text.getvalue())
+
+
+def _cell(text: str) -> str:
+    """Names are kept from being formulas; a difference that begins with its sign is a number."""
+    try:
+        float(text)
+    except ValueError:
+        return safe_cell(text)
+    return text
 
 
 def _published_line(row: PublishedRow) -> dict[str, str]:

@@ -7,10 +7,10 @@ from utils.comparison_notes import FEWER_MARK, pixel_error_notes, published_note
 from utils.comparison_quantization import quantization_notes
 from utils.hosts import HOSTS
 from utils.published import MEAN, Claim, Published, PublishedRow
+from utils.report import SCOPES
 from utils.run_results import Run
 from utils.tables import Table
 
-SCOPES = ("decoder side", "whole model")
 _ABSENT = "n/a"
 
 

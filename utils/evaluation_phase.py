@@ -15,7 +15,7 @@ from utils.experiment import Experiment, count_cost, evaluate_category, log_star
 from utils.logs import log_to_file
 from utils.prepared_data import test_images
 from utils.report import write_run_report
-from utils.run_folder import RunFolder
+from utils.run_folder import RunFolder, name_of_a_test
 from utils.settings import MEASURING_KEYS, changed_protocol
 
 logger = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ def evaluation_phase(experiment: Experiment) -> RunFolder:
         if unknown:
             logger.warning("%s: not among the categories that %s was trained on", " ".join(unknown), paths[model.name])
     changed = changed_protocol(stored, settings)
-    output = RunFolder(run.path / "_".join(["test", *changed])) if changed else run
+    output = RunFolder(run.path / name_of_a_test(changed)) if changed else run
     with only_on_main(run.lock()):
         if changed:
             measured = {key: settings.config[key] for key in MEASURING_KEYS}

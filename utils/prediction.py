@@ -15,6 +15,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from common.errors import NumericError, UserError
+from common.readers import Source, read_bytes
 from datasets.images import DEFAULT_MAX_PIXELS, IMAGE_SUFFIXES, is_image_file, load_image
 from datasets.transforms import IMAGENET_MEAN, IMAGENET_STD, Interpolation, image_transform
 from models.detector import Detector
@@ -177,12 +178,12 @@ def find_images(inputs: Sequence[Path], output: Path | None = None) -> dict[Path
     skipped = None if output is None else output.resolve()
     found, roots = {}, []
     for given in inputs:
-        if given.is_dir():
+        if os.path.isdir(given):
             images, folders = list(_images_below(given, skipped)), [given]
-        elif given.suffix.lower() == ".txt" and given.is_file():
+        elif given.suffix.lower() == ".txt" and os.path.isfile(given):
             images = _listed_images(given)
             folders = [image.parent for image in images]
-        elif given.is_file():
+        elif os.path.isfile(given):
             images, folders = [given], [given.parent]
         else:
             raise UserError(f"input not found: {str(given)!r}; expected an image, a folder of images or a .txt list of paths")
@@ -222,8 +223,5 @@ def _refuse_folder(error: OSError) -> None:
 
 def _listed_images(path: Path) -> list[Path]:
     """Paths in a text file, one a line, relative to its folder."""
-    try:
-        lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).splitlines()
-    except OSError as error:
-        raise UserError(f"cannot read the list {str(path)!r}: {error.strerror}; check its permissions") from error
+    lines = read_bytes(Source(path, "list of images", "give another")).removeprefix(codecs.BOM_UTF8).splitlines()
     return [path.parent / os.fsdecode(line.strip()) for line in lines if line.strip()]

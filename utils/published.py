@@ -1,10 +1,9 @@
 """Results that others published, from one data file that names the source of every row."""
 
-import csv
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.errors import UserError
+from common.readers import Source, brief, read_table
 from datasets.catalog import LAYOUTS
 from utils.hosts import HOSTS
 from utils.metrics import METRIC_NAMES
@@ -75,33 +74,29 @@ class Published:
 
 
 def read_published(path: Path = PUBLISHED_FILE) -> Published:
-    """Read and check the data file; raises UserError naming the line that is wrong."""
-    with path.open(newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        if tuple(reader.fieldnames or ()) != _COLUMNS:
-            raise UserError(f"published results unusable: {str(path)!r} must have the columns {','.join(_COLUMNS)}")
-        lines = [(reader.line_num, line) for line in reader]
+    """Read and check the data file; raises DamagedFile naming the line that is wrong."""
+    source = Source(path, "published results", "correct it")
+    _, lines = read_table(source, _COLUMNS)
     rows: list[PublishedRow] = []
     claims: list[Claim] = []
-    for number, line in lines:
+    for line in lines:
+        cells = line.cells
         try:
-            _check(line)
-            if line["kind"] == "claim":
-                ratios = (float(line[name]) for name in _CLAIMS)
-                claims.append(Claim(line["method"], *ratios, source=line["source"]))
+            _check(cells)
+            if cells["kind"] == "claim":
+                ratios = (line.number_in(source, name) for name in _CLAIMS)
+                claims.append(Claim(cells["method"], *ratios, source=cells["source"]))
                 continue
-            row = _row(line)
+            row = _row(cells)
             if any(_place(row) == _place(other) for other in rows):
                 raise ValueError("is there twice")
             rows.append(row)
         except (ValueError, TypeError) as error:
-            raise UserError(f"published results unusable: {str(path)!r}, line {number}: {error}; correct it") from error
+            raise source.damaged(f"is wrong ({brief(error)})", line.place) from error
     return Published(tuple(rows), tuple(claims))
 
 
 def _check(line: dict[str, str]) -> None:
-    if None in line or None in line.values():
-        raise ValueError(f"expected {len(_COLUMNS)} cells")
     if line["kind"] not in _KINDS:
         raise ValueError(f"kind {line['kind']!r} is none of {' '.join(_KINDS)}")
     for name in ("method", "source"):

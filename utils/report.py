@@ -1,25 +1,28 @@
 """Tables as text and one offline HTML page per run, made from the files of a run folder alone."""
 
 import base64
-import csv
 import html
 import json
+import logging
 import math
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
-import yaml
-
 from binarize.cost import Cost
+from common.readers import DamagedFile, Source, check_fields, is_count, read_bytes, read_json
 from utils.checkpoint import write_text
 from utils.hosts import described_network, stage_of
 from utils.metrics import column_names
 from utils.plots import loss_curve, score_histogram
 from utils.protocol import EvaluationOptions
-from utils.result_files import Row, mean_rows, read_metrics, read_results
+from utils.result_files import Row, mean_rows, read_metrics, read_results, read_scores
 from utils.run_folder import RunFolder
+from utils.stored_config import completed_config, read_stored_config
 from utils.tables import format_cost, format_rows, html_rows
 
+logger = logging.getLogger(__name__)
+
+SCOPES = ("decoder side", "whole model")  # of a cost, which every table has
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 1500px; padding: 0 1rem; color: #222 }
 h1 { font-size: 1.4rem; overflow-wrap: anywhere }
@@ -68,10 +71,20 @@ def write_cost(path: Path, table: dict[str, Cost]) -> None:
 
 
 def read_cost(path: Path) -> dict[str, Cost] | None:
-    """What `write_cost` wrote, or None."""
+    """What `write_cost` wrote, or None; raises DamagedFile for anything else."""
     if not path.is_file():
         return None
-    return {part: Cost(**cost) for part, cost in json.loads(path.read_text()).items()}
+    source = Source(path, "cost", "remove it and run --phase test")
+    content = read_json(source)
+    counts = dict.fromkeys((field.name for field in fields(Cost)), is_count)
+    for part, counted in content.items():
+        if not set(check_fields(source, counted, {"parameters": is_count}, counts)) <= counts.keys():
+            raise source.damaged(f"has unknown counts of {part!r}")
+    table = {part: Cost(**counted) for part, counted in content.items()}
+    for scope in SCOPES:
+        if scope not in table or table[scope].bits <= 0 or not table[scope].macs:
+            raise source.damaged(f"has no usable {scope!r}")
+    return table
 
 
 def write_run_report(folder: Path, training_folder: Path | None = None) -> None:
@@ -90,7 +103,7 @@ def page(sections: list[str]) -> str:
 def run_section(folder: Path, training_folder: Path) -> str:
     """All of one run as HTML: table, cost, loss curves, score histograms and contact sheets."""
     own = folder / "config.yaml"
-    config = yaml.safe_load((own if own.is_file() else training_folder / "config.yaml").read_text())
+    config = completed_config(read_stored_config(own if own.is_file() else training_folder / "config.yaml"))
     encoder_source = RunFolder(training_folder).environment().get("encoder_source", "unknown")
     rows, cost = read_results(folder / "results.csv"), read_cost(training_folder / "cost.json")
     losses = _losses(training_folder / "metrics.jsonl")
@@ -116,12 +129,10 @@ def run_section(folder: Path, training_folder: Path) -> str:
         parts.append(f"<h2>{html.escape(item)}</h2>")
         if item in losses:
             parts.append(loss_curve("training loss by iteration", losses[item]))
-        scores = _scores(folder / item / "scores.csv")
-        if scores:
-            parts.append(score_histogram(scores))
+        parts.append(_histogram(folder / item / "scores.csv"))
         sheet = folder / item / "maps" / "contact_sheet.jpg"
         if sheet.is_file():
-            data = base64.b64encode(sheet.read_bytes()).decode()
+            data = base64.b64encode(read_bytes(Source(sheet, "contact sheet", "remove it"))).decode()
             parts.append(f'<p class="note">{_SHEET_NOTE}</p><img alt="contact sheet" src="data:image/jpeg;base64,{data}">')
     return "".join(parts)
 
@@ -135,9 +146,11 @@ def _losses(path: Path) -> dict[str, list[tuple[int, float]]]:
     return losses
 
 
-def _scores(path: Path) -> list[tuple[int, float]]:
-    """(label, score) of all images in a `scores.csv`, empty without one."""
-    if not path.is_file():
-        return []
-    with path.open(newline="", encoding="utf-8") as file:
-        return [(int(row["label"]), float(row["score"])) for row in csv.DictReader(file)]
+def _histogram(path: Path) -> str:
+    """The scores of a category as a picture, or why there is none: the page of a training is not lost with one old table."""
+    try:
+        scores = read_scores(path)
+    except DamagedFile as error:
+        logger.warning("%s", error)
+        return f'<p class="note">{html.escape(str(error))}</p>'
+    return score_histogram(scores) if scores else ""

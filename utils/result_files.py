@@ -7,10 +7,13 @@ import logging
 import os
 import re
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import IO
 
-from common.errors import ResourceError, UserError
+from common.errors import ResourceError
+from common.readers import Line, Source, is_count, is_number, is_text, parse_json, read_bytes, read_table
+from datasets.listing import leaves_folder
 from datasets.records import Record
 from utils.checkpoint import explain_write_error, write_text
 from utils.metrics import METRIC_NAMES, column_names, mean_metrics
@@ -22,10 +25,8 @@ Row = dict[str, float | None]
 _FRACTION = re.compile(r"0\.\d{4}|1\.0000")
 _MEAN = "Mean"
 _SECONDS_BETWEEN_TABLES = 10
-
-
-class DamagedResults(UserError):
-    """A results.csv that cannot be what a run wrote."""
+_SCORE_COLUMNS = ("path", "item", "label", "score")
+_AGAIN = "remove it and run --phase test"
 
 
 def write_results(path: Path, rows: dict[str, Row]) -> None:
@@ -61,39 +62,54 @@ def _mean_of_data_set(item: str) -> str | None:
 
 
 def read_results(path: Path) -> dict[str, Row]:
-    """Rows by category without the means; raises UserError for a file of another form, or one that was cut short."""
+    """Rows by category without the means; raises DamagedFile for a file of another form, or one that was cut short."""
     if not path.is_file():
         return {}
-    text = path.read_text(encoding="utf-8")
-    lines = list(csv.reader(io.StringIO(text, newline="")))
-    if not text.endswith("\n"):
-        raise _damaged(path, f"it is cut short in line {len(lines)}" if lines else "it is empty")
-    first, *names = lines[0]
-    if first != "item" or tuple(names[: len(METRIC_NAMES)]) != METRIC_NAMES or len(set(names)) < len(names):
-        raise _damaged(path, "line 1 has unknown columns")
+    source = Source(path, "results", _AGAIN)
+    (_, *names), lines = read_table(source, ("item", *METRIC_NAMES), further=True)
     rows = {}
-    for number, (item, *cells) in enumerate(lines[1:], 2):
-        if len(cells) != len(names):
-            raise _damaged(path, f"line {number} has {len(cells) + 1} of {len(names) + 1} cells")
-        wrong = [cell for cell in cells if cell and not _FRACTION.fullmatch(cell)]
+    for item, line in _by_item(source, lines):
+        cells = {name: line.cells[name] for name in names}
+        wrong = [cell for cell in cells.values() if cell and not _FRACTION.fullmatch(cell)]
         if wrong:
-            raise _damaged(path, f"line {number} has {wrong[0]!r} where a fraction with 4 decimals should be")
-        rows[item.removeprefix("'")] = {name: float(cell) if cell else None for name, cell in zip(names, cells, strict=True)}
+            raise source.damaged(f"has {wrong[0]!r} where a fraction with 4 decimals should be", line.place)
+        rows[item] = {name: float(cell) if cell else None for name, cell in cells.items()}
     means = {_MEAN, *map(_mean_of_data_set, rows)}
     return {item: row for item, row in rows.items() if item not in means}
 
 
-def _damaged(path: Path, reason: str) -> DamagedResults:
-    return DamagedResults(f"results damaged: {str(path)!r} is no results table, {reason}; remove it and run --phase test")
+def _by_item(source: Source, lines: list[Line]) -> Iterator[tuple[str, Line]]:
+    """Lines with their categories, which name folders, each once."""
+    seen = set()
+    for line in lines:
+        item = line.cells["item"].removeprefix("'")
+        if not item or leaves_folder(item):
+            raise source.damaged(f"has {item!r} where a category should be", line.place)
+        if item in seen:
+            raise source.damaged(f"has {item!r} a second time", line.place)
+        seen.add(item)
+        yield item, line
 
 
 def write_scores(path: Path, rows: Iterable[tuple[str, str, int, float]]) -> None:
     """`scores.csv`: path, item, label, score of every test image."""
     _write_csv(
         path,
-        ("path", "item", "label", "score"),
+        _SCORE_COLUMNS,
         ((safe_cell(image_path), safe_cell(item), label, f"{score:.6f}") for image_path, item, label, score in rows),
     )
+
+
+def read_scores(path: Path) -> list[tuple[int, float]]:
+    """(label, score) of all images in a `scores.csv`, empty without one; raises DamagedFile."""
+    if not path.is_file():
+        return []
+    source = Source(path, "scores", _AGAIN)
+    _, lines = read_table(source, _SCORE_COLUMNS)
+    for line in lines:
+        if line.cells["label"] not in ("0", "1"):
+            raise source.damaged(f"has the label {line.cells['label']!r}", line.place)
+    return [(int(line.cells["label"]), line.number_in(source, "score")) for line in lines]
 
 
 def write_bad_images(path: Path, bad: Iterable[tuple[Record, str]]) -> None:
@@ -115,8 +131,9 @@ def read_failures(path: Path) -> dict[str, str]:
     """Reason by category; empty without the file."""
     if not path.is_file():
         return {}
-    with path.open(newline="", encoding="utf-8") as file:
-        return {line["item"].removeprefix("'"): line["reason"].removeprefix("'") for line in csv.DictReader(file)}
+    source = Source(path, "list of failures", "remove it")
+    _, lines = read_table(source, ("item", "reason"))
+    return {item: line.cells["reason"].removeprefix("'") for item, line in _by_item(source, lines)}
 
 
 def write_pixel_errors(path: Path, errors: dict[str, float]) -> None:
@@ -128,8 +145,9 @@ def read_pixel_errors(path: Path) -> dict[str, float]:
     """Error by category; empty without the file."""
     if not path.is_file():
         return {}
-    with path.open(newline="", encoding="utf-8") as file:
-        return {line["item"].removeprefix("'"): float(line["error"]) for line in csv.DictReader(file)}
+    source = Source(path, "errors of pixel metrics", _AGAIN)
+    _, lines = read_table(source, ("item", "error"))
+    return {item: line.number_in(source, "error") for item, line in _by_item(source, lines)}
 
 
 def _write_csv(path: Path, header: tuple[str, ...], rows: Iterable[tuple]) -> None:
@@ -193,8 +211,9 @@ class MetricsLog:
         """Append one line and flush it to the disk."""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"item": self.item, "kind": kind, **values}) + "\n")
+            with self.path.open("ab+") as file:
+                begin = b"\n" if _is_cut_short(file) else b""  # else two lines would be lost
+                file.write(begin + json.dumps({"item": self.item, "kind": kind, **values}).encode() + b"\n")
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
@@ -208,14 +227,35 @@ class MetricsLog:
             write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
 
 
+def _is_cut_short(file: IO[bytes]) -> bool:
+    """Whether a crash left a last line without its end; leaves the file at its end."""
+    if not file.seek(0, os.SEEK_END):
+        return False
+    file.seek(-1, os.SEEK_END)
+    return file.read(1) != b"\n"
+
+
 def read_metrics(path: Path) -> list[dict]:
-    """Lines of a `metrics.jsonl`; a last line cut short by a crash is passed over."""
+    """Lines of a `metrics.jsonl`; with a warning it passes over what is none, as a last line cut short by a crash."""
     if not path.is_file():
         return []
     lines = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
-            logger.warning("passed over a damaged line of %s", path)
+    for number, text in enumerate(read_bytes(Source(path, "log of losses", "remove it")).splitlines(), 1):
+        line = _metrics_line(text)
+        if line is None:
+            logger.warning("passed over line %d of %r, which is damaged", number, str(path))
+        else:
+            lines.append(line)
     return lines
+
+
+def _metrics_line(text: bytes) -> dict | None:
+    try:
+        line = parse_json(text)
+    except ValueError:
+        return None
+    if not isinstance(line, dict) or not (is_text(line.get("item")) and is_text(line.get("kind"))):
+        return None
+    if line["kind"] == "training" and not (is_count(line.get("iteration")) and is_number(line.get("loss"))):
+        return None
+    return line

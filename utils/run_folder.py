@@ -2,7 +2,9 @@
 
 import json
 import logging
+import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -17,9 +19,9 @@ import torch
 import yaml
 
 from common.errors import UserError
-from datasets.catalog import ListingOptions
+from common.readers import Check, Source, check_fields, is_count, is_text, is_texts, read_json
+from datasets.listing import has_control_characters
 from utils.checkpoint import write_text
-from utils.hosts import INP_FORMER
 from utils.result_files import (
     MetricsLog,
     Row,
@@ -31,6 +33,7 @@ from utils.result_files import (
     write_results,
 )
 from utils.run_lock import run_lock
+from utils.stored_config import EARLIER_DEFAULTS, read_stored_config
 
 logger = logging.getLogger(__name__)
 
@@ -40,21 +43,18 @@ _FACTS = {  # of env.json, that a later command must share
     "processes": "number of processes",
     "penalty_images": "penalty images whose names have the sha256",
 }
-EARLIER_DEFAULTS = {  # of flags that runs from before do not name
-    "host": INP_FORMER.name,
-    "scoring": "reconstruction",
-    "realiad_json": ListingOptions().realiad_json,
-    "adam_eps": 1e-10,
-    "optimizer": "stable_adamw",
-    "adam_beta1": 0.9,
-    "metric_size": 256,
-    "smoothing_border": "zeros",
-    "true_false": "off",
-    "interpolation": "bilinear",
-    "holdout": 0.0,
-    "schedule": "cosine",
+_ENVIRONMENT: dict[str, Check] = {  # what is read of it
+    "items": is_texts,
+    "commit": lambda value: value is None or is_text(value),
+    "processes": is_count,
+    **dict.fromkeys(("date", "device", "encoder_source", "encoder_sha256", "model_sha256"), is_text),
+    "penalty_images": lambda value: value is None or is_text(value),
 }
 NOT_A_RUN = ("run.lock", "log.txt", "failures.csv")
+_NAMES_WITHIN = {  # of a run folder
+    *NOT_A_RUN, "config.yaml", "env.json", "metrics.jsonl", "results.csv", "pixel_errors.csv", "cost.json", "timing.json",
+    "report.html", "model.pth", "last.pth", "chosen_files.csv", "quantization.json",
+}  # fmt: skip
 
 
 def run_folder_name(
@@ -64,6 +64,24 @@ def run_folder_name(
     data = "" if dataset is None else f"_dataset={dataset}"
     further = "".join(f"_{name}={value}" for name, value in flags.items())
     return f"{save_name}{data}_Encoder={encoder}_Resize={input_size}_Crop={crop_size}{further}"
+
+
+def name_of_a_test(changed: list[str]) -> str:
+    """Folder within a run for what was measured otherwise than in its training: `test_<flag>=<value>_...`."""
+    return "_".join(["test", *changed])
+
+
+def is_folder_of_a_test(name: str) -> bool:
+    """Whether a name could be one of `name_of_a_test`."""
+    return re.match(r"test_\w+=", name) is not None
+
+
+def check_category_names(items: Iterable[str]) -> None:
+    """Raise UserError for a category whose folder within a run folder would be another thing's."""
+    for item in items:
+        first = item.split("/")[0]
+        if first.lower() in _NAMES_WITHIN or is_folder_of_a_test(first.lower()):
+            raise UserError(f"category {item!r}: rename its folder, a run folder has a file or folder of that name for itself")
 
 
 def resolved_paths(paths: list[str] | str | None) -> list[Path]:
@@ -77,8 +95,8 @@ def _comparable(key: str, value: object) -> object:
 
 def check_plain_name(value: str, flag: str) -> str:
     """Raise UserError for a name that would leave its folder."""
-    if not value or value in (".", "..") or "/" in value or "\\" in value or "\0" in value:
-        raise UserError(f"{flag} {value!r} must be a plain name without slashes")
+    if not value or value in (".", "..") or "/" in value or "\\" in value or has_control_characters(value):
+        raise UserError(f"{flag} {value!r} must be a plain name without slashes and control characters")
     return value
 
 
@@ -93,21 +111,9 @@ class RunFolder:
         return self.path / item
 
     def stored_config(self) -> dict | None:
-        """Configuration of the run that made the folder, or None for a new folder."""
+        """As `read_stored_config`, None for a new folder."""
         path = self.path / "config.yaml"
-        if not path.is_file():
-            return None
-        try:
-            stored = yaml.safe_load(path.read_text())
-        except yaml.YAMLError as error:
-            raise UserError(
-                f"run folder damaged: {str(path)!r} is no YAML; remove the folder or choose another --save_name"
-            ) from error
-        if not isinstance(stored, dict):
-            raise UserError(
-                f"run folder damaged: {str(path)!r} holds no settings; remove the folder or choose another --save_name"
-            )
-        return stored
+        return read_stored_config(path) if os.path.isfile(path) else None
 
     def claim(self, config: dict, identity_keys: Iterable[str], facts: dict[str, object], overwrite: bool) -> bool:
         """Check that this configuration may write here; true if the folder holds another run, to be deleted first.
@@ -158,11 +164,20 @@ class RunFolder:
             shutil.rmtree(child) if child.is_dir() else child.unlink()
 
     def forget(self, model: str, items: list[str], model_folder: Path) -> None:
-        """Delete what an earlier training of a model and every evaluation of its categories left."""
+        """Delete what an earlier training of a model and every evaluation of its categories left.
+
+        Raises:
+            DamagedFile: a table that is to keep the other categories cannot be read; then nothing is deleted.
+        """
+        # a folder of any other name may be a category's
+        tests = [RunFolder(folder) for folder in self.path.iterdir() if is_folder_of_a_test(folder.name) and folder.is_dir()]
+        for folder in (self, *tests):
+            folder.rows()
+            folder.pixel_errors()
         for path in (model_folder / "model.pth", model_folder / "last.pth", self.path / "report.html"):
             path.unlink(missing_ok=True)
-        for folder in self.path.glob("test_*/"):
-            RunFolder(folder).forget(model, items, folder)
+        for folder in tests:
+            folder.forget(model, items, folder.path)
         rows = self.rows()
         for item in items:
             shutil.rmtree(self.item_folder(item), ignore_errors=True)
@@ -208,16 +223,12 @@ class RunFolder:
         write_text(self.path / "env.json", json.dumps(content, indent=2) + "\n")
 
     def environment(self) -> dict:
-        """Content of `env.json`, empty for a new folder."""
+        """Content of `env.json`, empty for a new folder; raises DamagedFile."""
         path = self.path / "env.json"
         if not path.is_file():
             return {}
-        try:
-            return dict(json.loads(path.read_text()))
-        except ValueError as error:
-            raise UserError(
-                f"run folder damaged: {str(path)!r} cannot be read ({error}); remove that file, or choose another --save_name"
-            ) from error
+        source = Source(path, "run folder", "remove that file, or choose another --save_name")
+        return check_fields(source, read_json(source), {}, _ENVIRONMENT)
 
     def rows(self) -> dict[str, Row]:
         """Rows of `results.csv` by category, without the mean."""

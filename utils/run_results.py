@@ -1,22 +1,20 @@
 """Results as run folders hold them: read, split by data set, and what is missing of them."""
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 from binarize.cost import Cost
 from common.errors import UserError
+from common.readers import Source, check_fields, is_number, is_text, is_texts, read_json
 from datasets.catalog import LAYOUTS
-from utils.arguments import base_parser, parse
-from utils.hosts import HOSTS, described_network
+from utils.hosts import described_network
 from utils.protocol import EvaluationOptions
 from utils.report import read_cost
 from utils.result_files import Row
-from utils.run_folder import EARLIER_DEFAULTS, NOT_A_RUN, RunFolder
-from utils.settings import IDENTITY_KEYS, PROTOCOL_KEYS
+from utils.run_folder import NOT_A_RUN, RunFolder
+from utils.stored_config import completed_config
 
 TIMING_FILE = "timing.json"
 
@@ -133,43 +131,36 @@ def has_begun(folder: Path) -> bool:
 
 def load_run(folder: Path) -> Run:
     """One run folder, finished or not; raises UserError if it is none."""
-    config = RunFolder(folder).stored_config()
-    if config is None or "clb_stage" not in config:
-        raise UserError(f"{str(folder)!r} is no run folder (no config.yaml of a training); give folders that a training wrote")
-    config = {**EARLIER_DEFAULTS, **config}
-    host = config["host"]
-    if host not in HOSTS:
-        raise UserError(f"{str(folder)!r} is a run of {host!r}; known hosts are {' '.join(HOSTS)}, leave that folder out")
+    run = RunFolder(folder)
+    stored = run.stored_config()
+    missing = [name for name in ("clb_stage", "save_name", "dataset") if name not in (stored or {})]
+    if missing:
+        raise UserError(
+            f"{str(folder)!r} is no run folder (no config.yaml of a training that says its {missing[0]}); give folders that a "
+            "training wrote"
+        )
     training = training_folder(folder)
     suffix = "" if training == folder else f"/{folder.name}"
-    try:
-        environment = RunFolder(training).environment()
-        cost = read_cost(training / "cost.json")
-        timing_file = training / TIMING_FILE
-        timing = json.loads(timing_file.read_text()) if timing_file.is_file() else None
-    except (ValueError, TypeError) as error:
-        raise UserError(
-            f"run folder damaged: a JSON file in {str(training)!r} is unusable ({error}); remove that file"
-        ) from error
-    run = RunFolder(folder)
     return Run(
-        name=config["save_name"] + suffix,
+        name=stored["save_name"] + suffix,
         folders=(folder,),
-        config={**_defaults(host), **config},
-        environments=(environment,),
+        config=completed_config(stored),
+        environments=(RunFolder(training).environment(),),
         rows=run.rows(),
         pixel_errors=run.pixel_errors(),
         failures=run.failures(),
-        cost=cost,
-        timing=timing,
+        cost=read_cost(training / "cost.json"),
+        timing=_timing(training / TIMING_FILE),
     )
 
 
-@cache
-def _defaults(host: str) -> dict:
-    """Of the flags that determine a run of a host, for configurations that are older than a flag."""
-    defaults = vars(parse(base_parser("", HOSTS[host], ["single"]), []))
-    return {key: defaults[key] for key in (*IDENTITY_KEYS, *PROTOCOL_KEYS) if key in defaults}
+def _timing(path: Path) -> dict | None:
+    """What `utils.run_timing` wrote, or None; raises DamagedFile for anything else."""
+    if not path.is_file():
+        return None
+    source = Source(path, "timing", "remove it and run scripts.report --measure")
+    checks = {"milliseconds": is_number, "engine": is_text, "machine": is_texts, "date": is_text}
+    return check_fields(source, read_json(source), checks)
 
 
 def training_folder(folder: Path) -> Path:

@@ -12,7 +12,8 @@ from utils.arguments import listing_options
 from utils.hosts import HOSTS
 from utils.optim import warmup_length
 from utils.protocol import LEAST_METRIC_SIZE, EvaluationOptions
-from utils.run_folder import EARLIER_DEFAULTS, check_plain_name, resolved_paths, run_folder_name
+from utils.run_folder import check_plain_name, resolved_paths, run_folder_name
+from utils.stored_config import EARLIER_DEFAULTS
 from utils.training import TrainingOptions, iterations_per_epoch
 
 # what a command does with a run, not what the run is

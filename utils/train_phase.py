@@ -154,7 +154,7 @@ def _open_folder(experiment: Experiment, model: ModelData, detector: Detector) -
         chosen = [(category.item, name) for category in model.categories for name in category.chosen_files()]
         write_chosen_files(model.folder(run.path) / "chosen_files.csv", chosen)
         for item, name in chosen:
-            logger.info("%s: trains on %s", item, name)
+            logger.info("%s: trains on %r", item, name)
     count_cost(run, detector, settings.data.crop_size)
 
 
