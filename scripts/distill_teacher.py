@@ -30,7 +30,9 @@ from utils.devices import choose_device, seed_everything
 from utils.distillation_data import DistillationOptions
 from utils.distributed import world_size
 from utils.loading import default_worker_count
+from utils.parser import tool_parser
 from utils.prediction import find_images
+from utils.run_lock import run_lock
 from utils.teacher_distillation import Distillation, state_file
 
 logger = logging.getLogger(__name__)
@@ -40,10 +42,16 @@ _DEFAULTS = DistillationOptions(size="small")
 
 def distill(arguments: argparse.Namespace) -> int:
     """Distil a teacher, or go on where that was stopped."""
-    output, options = arguments.output, _options(arguments)
+    output = arguments.output
     if world_size() > 1:
         raise UserError("a distillation runs in one process; start it without torchrun")
     _check_output(output, arguments.resume)
+    with run_lock(output.parent, "--output", f"{output.name}.lock"):
+        return _distill(arguments, _options(arguments))
+
+
+def _distill(arguments: argparse.Namespace, options: DistillationOptions) -> int:
+    output = arguments.output
     device = choose_device(arguments.device)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
@@ -99,7 +107,7 @@ def _image_size(text: str) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = tool_parser(__doc__)
     parser.add_argument("--images", type=Path, required=True, nargs="+", help="folders (to any depth), images, .txt lists")
     parser.add_argument(
         "--source",
@@ -133,7 +141,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--resume", action="store_true", help="go on from OUTPUT.state.pth, if it exists")
     parser.add_argument("--save_every", type=number(int, 1), default=1000, metavar="ITERATIONS")
     parser.add_argument("--max_pixels", type=number(int, 1), default=DEFAULT_MAX_PIXELS, help="refuse larger images")
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
     return run_command(parser, argv, distill)
 
 

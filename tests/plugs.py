@@ -4,9 +4,6 @@ import itertools
 import os
 import sys
 from collections.abc import Callable
-
-import torch
-
 from pathlib import Path
 
 import huggingface_hub.constants

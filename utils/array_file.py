@@ -20,9 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
 from common.errors import ResourceError
+from common.progress import ProgressBar
 from datasets.records import Record
 from utils.distributed import PeerLost, is_main, mean_over_processes, on_main, rank, world_size
 from utils.loading import loaded_batches
@@ -160,8 +160,8 @@ class ArrayFile:
             yield
         except OSError as error:
             raise ResourceError(
-                f"{self.subject} cache: cannot write {str(self.path)!r} ({error.strerror or error}); make room, or give "
-                f"--cache_{self.subject}s {self.alternatives}"
+                f"{self.subject} cache: cannot write {str(self.path)!r} of {self.bytes / 1e6:.1f} MB "
+                f"({error.strerror or error}); make room, or give --cache_{self.subject}s {self.alternatives}"
             ) from error
 
 
@@ -216,7 +216,7 @@ def loaded_rows(
     """`row(index)` for all indices of a part, computed by loader workers, in batches and in order."""
     with (
         loaded_batches(_Rows(row, part), num_workers, batch_size=batch_size) as batches,
-        tqdm(total=len(part), desc=description, unit="image", disable=None if is_main() else True) as bar,
+        ProgressBar(total=len(part), desc=description, unit="image", disable=None if is_main() else True) as bar,
     ):
         for batch in batches:
             yield batch

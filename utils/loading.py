@@ -1,15 +1,19 @@
 """Batches from loader processes that neither die with a signal to the whole group nor outlive an error."""
 
 import os
+import re
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from torch.utils.data import DataLoader, Dataset
 
+from common.errors import ResourceError
 from utils.distributed import processes_on_this_machine
 
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _SECONDS_AFTER_SIGTERM = 60
+_LOST_WORKER = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (.*?)(?:\. |\.?$)")  # a plain RuntimeError of torch
 
 
 @contextmanager
@@ -17,19 +21,49 @@ def loaded_batches(data: Dataset, num_workers: int, **options) -> Iterator[Itera
     """Iterate over a DataLoader and end its workers when the block ends, however it ends.
 
     An error keeps the iterator alive through its traceback; its workers would then hold up the end of the process.
+
+    Raises:
+        ResourceError: a worker ended, as when the system kills it; torch notices anywhere within the block.
     """
-    iterator = iter(DataLoader(data, num_workers=num_workers, worker_init_fn=_outlast_signals, **options))
+    iterator = None
     try:
+        with _signals_held():
+            iterator = iter(DataLoader(data, num_workers=num_workers, worker_init_fn=_outlast_signals, **options))
         yield iterator
+    except RuntimeError as error:
+        lost = [found for found in map(_lost_worker, (error, error.__cause__)) if found]
+        if not lost:
+            raise
+        raise ResourceError(
+            f"loader process {lost[-1]}; if memory or /dev/shm is short, lower --num_workers, with 0 no such process "
+            "is needed; a training goes on with --resume"
+        ) from error
     finally:
-        if num_workers:
+        if num_workers and iterator is not None:
             iterator._shutdown_workers()
+
+
+@contextmanager
+def _signals_held() -> Iterator[None]:
+    """Let SIGINT and SIGTERM wait until the block ends: a worker that begins inherits this, and so does not die of them."""
+    previous = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
+
+
+def _lost_worker(error: BaseException | None) -> str:
+    """Number of the worker that ended and how, as far as an error says it."""
+    found = _LOST_WORKER.search(" ".join(str(error).split()))
+    return " ".join(found.groups()) if found else ""
 
 
 def _outlast_signals(worker: int) -> None:
     """Signals often reach the whole process group: the parent decides what they mean and may still save a checkpoint."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(_SECONDS_AFTER_SIGTERM))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
 
 
 def default_worker_count() -> int:
