@@ -32,13 +32,25 @@ FINE = (REFUSED, EQUAL, VALID)
 _LONGEST_SENTENCE = 2000
 _BATCH = 200  # mutants that one process reads
 _PACKAGES = ("binarize", "common", "datasets", "models", "quantize", "scripts", "utils")
-_EXECUTION = ("os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.fork", "subprocess.Popen", "pty.spawn", "pickle.find_class")
+_EXECUTION = (
+    "os.system",
+    "os.exec",
+    "os.posix_spawn",
+    "os.spawn",
+    "os.fork",
+    "subprocess.Popen",
+    "pty.spawn",
+    "pickle.find_class",
+)
 _NETWORK = ("socket.connect", "socket.bind", "socket.getaddrinfo", "urllib.Request")
-_CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "os.truncate", "os.chmod", "os.chown")
+_QUIET = (ResourceWarning, DeprecationWarning, PendingDeprecationWarning, ImportWarning)  # users do not see them
 
 
 # places of paths, and of the folders that they start from, among the arguments of an audit event
-_PAIRS = {"os.rename": ((0, 2), (1, 3)), "os.link": ((0, 2), (1, 3)), "os.symlink": ((1, 2),), "os.mkdir": ((0, 2),), "os.chmod": ((0, 2),), "os.chown": ((0, 3),), "os.truncate": ((0, 9),)}
+_PLACES = {
+    "os.rename": ((0, 2), (1, 3)), "os.remove": ((0, 1),), "os.mkdir": ((0, 2),), "os.rmdir": ((0, 1),), "os.link": ((0, 2), (1, 3)),
+    "os.symlink": ((1, 2),), "os.truncate": ((0, None),), "os.chmod": ((0, 2),), "os.chown": ((0, 3),),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -55,7 +67,7 @@ class Reader:
         refusals: the errors that may be raised.
         names: of what a sentence may speak, instead of the file's own name.
         may_leave: the file may name files anywhere, as a list written by the user.
-        may_execute: reading it starts a program, as the compiler.
+        programs: what may be started, as the compiler.
     """
 
     name: str
@@ -68,15 +80,16 @@ class Reader:
     refusals: tuple[type[CommandError], ...] = (UserError,)
     names: tuple[str, ...] = ()
     may_leave: bool = False
-    may_execute: bool = False
+    programs: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Of one mutant: CPU seconds, and megabytes beyond those that the process has anyway."""
+    """Of one mutant: CPU seconds, megabytes beyond those that the process has anyway, and seconds that it may do nothing."""
 
     seconds: float = 10.0
     megabytes: int = 768
+    patience: float = 120.0
 
 
 @dataclass(frozen=True)
@@ -152,21 +165,27 @@ class Workspace:
         others = self.folder / "other"
         for path in (self.inside, self.outside, others):
             path.mkdir(parents=True)
-        self.target = reader.make(self.inside, 0)
+        self.target, self.other = reader.make(self.inside, 0), reader.make(others, 1)
         (self.outside / f"secret{self.target.suffix}").write_bytes(self.target.read_bytes())
-        source = Source(
+        self.source = Source(
             content=self.target.read_bytes(),
-            other=reader.make(others, 1).read_bytes(),
+            other=self.other.read_bytes(),
             marker=self.marker,
             outside=self.outside / f"secret{self.target.suffix}",
         )
-        self.source = source
 
     def put(self, content: bytes) -> None:
         """Replace the file, by a new one: an old one may still be mapped."""
         temporary = self.folder / "next"
         temporary.write_bytes(content)
         os.replace(temporary, self.target)
+
+    def read(self, reader: Reader) -> object:
+        """What the valid file gives, which is put back afterwards."""
+        try:
+            return reader.read(self.target)
+        finally:
+            self.put(self.source.content)
 
 
 def mutant(reader: Reader, source: Source, seed: int, index: int) -> tuple[Mutation, bytes]:
@@ -183,28 +202,33 @@ def mutant(reader: Reader, source: Source, seed: int, index: int) -> tuple[Mutat
 
 
 def fuzz(
-    reader: Reader, folder: Path, count: int, seed: int = 0, limits: Limits = Limits(), start: int = 0, until: float | None = None
+    reader: Reader,
+    folder: Path,
+    count: int,
+    seed: int = 0,
+    limits: Limits = Limits(),
+    start: int = 0,
+    until: float | None = None,
 ) -> Summary:
     """Read mutants number `start` to `start + count`; none is begun after `until` (of time.monotonic)."""
     began = time.monotonic()
     space = Workspace(reader, folder)
-    original = reader.read(space.target)
-    space.put(space.source.content)
-    assert equal_twice(reader, space, original), f"{reader.name}: reading the valid file twice gives two results"
+    original = space.read(reader)
+    if not reader.same(space.read(reader), original):
+        raise ValueError(
+            f"{reader.name}: reading the valid file twice gives two results, so that nothing can be compared with it"
+        )
     verdicts: list[Verdict] = []
+    try:
+        reader.check(reader.read(space.other), original)
+    except AssertionError as error:
+        fault = Verdict(-1, "none, the other valid file", "silent wrong result", f"{type(error).__name__}: {error}")
+        return Summary(reader.name, [fault], time.monotonic() - began)
     index, end = start, start + count
     while index < end and (until is None or time.monotonic() < until):
-        done = list(_in_child(reader, space, original, seed, range(index, min(end, index + _BATCH)), limits))
-        verdicts += done
-        index += len(done)
+        verdicts += _in_child(reader, space, original, seed, range(index, min(end, index + _BATCH)), limits)
+        index = start + len(verdicts)
     return Summary(reader.name, verdicts, time.monotonic() - began)
-
-
-def equal_twice(reader: Reader, space: Workspace, original: object) -> bool:
-    """Whether a reader gives the same again, without which no mutant could be judged."""
-    again = reader.read(space.target)
-    space.put(space.source.content)
-    return reader.same(again, original)
 
 
 def _in_child(
@@ -222,12 +246,11 @@ def _in_child(
     os.close(sending)
     with os.fdopen(receiving, "rb") as stream:
         index, pending = indices.start, b""
-        patience = 10 * limits.seconds + 20  # of waiting, which is not computing
         while index < indices.stop:
-            if not select.select([stream], [], [], patience)[0]:
+            if not select.select([stream], [], [], limits.patience)[0]:
                 os.kill(child, signal.SIGKILL)
                 os.waitpid(child, 0)
-                yield _ended(reader, space, seed, index, "hangs", f"nothing for {patience:.0f} s")
+                yield _ended(reader, space, seed, index, "hangs", f"nothing for {limits.patience:g} s")
                 return
             received = os.read(stream.fileno(), 65536)
             if not received:
@@ -273,7 +296,7 @@ class _Child:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         torch.set_num_threads(1)
         sys.dont_write_bytecode = True
-        self.printed = os.open(self.space.folder / "printed", os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+        self.printed = os.open(self.space.folder / "printed", os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
         for number in (1, 2):
             os.dup2(self.printed, number)
         sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))
@@ -290,16 +313,16 @@ class _Child:
     def _audit(self, event: str, arguments: tuple) -> None:
         if not self.watching:
             return
-        if event in _EXECUTION and not self.reader.may_execute:
+        if event == "subprocess.Popen" and Path(os.fsdecode(arguments[0])).name in self.reader.programs:
+            return
+        if event in _EXECUTION:
             self.seen.append(("execution", f"{event} {str(arguments)[:200]}"))
         elif event in _NETWORK:
             self.seen.append(("network", f"{event} {str(arguments)[:200]}"))
         elif event == "open":
             self._audit_open(*arguments)
-        elif event in _CHANGES:
-            pairs = _PAIRS.get(event, ((0, 1),))
-            for path, folder in pairs:
-                self._audit_change(event, _absolute(arguments[path], arguments[folder] if folder < len(arguments) else -1))
+        for path, folder in _PLACES.get(event, ()):
+            self._audit_change(event, _absolute(arguments[path], -1 if folder is None else arguments[folder]))
 
     def _audit_open(self, path: object, mode: str | None, flags: int) -> None:
         writes = flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND) or set(mode or "") & set("wax+")
@@ -324,14 +347,18 @@ class _Child:
         os.ftruncate(self.printed, 0)
         with warnings.catch_warnings(record=True) as warned:
             warnings.simplefilter("always")
+            for category in _QUIET:
+                warnings.simplefilter("ignore", category)
             self.watching = True
             try:
                 outcome, detail, error = self._read(mutation)
             finally:
                 self.watching = False
-        if outcome in FINE:
-            outcome, detail = self._side_effects(warned) or (outcome, detail)
-        place, trace = ("", "") if error is None or outcome in FINE else (_place(error), "".join(traceback.format_exception(error)))
+        found = self._attack() or (outcome in FINE and self._side_effects(warned))
+        outcome, detail = found or (outcome, detail)
+        place, trace = (
+            ("", "") if error is None or outcome in FINE else (_place(error), "".join(traceback.format_exception(error)))
+        )
         return Verdict(index, mutation.name, outcome, detail, place, trace[-6000:])
 
     def _read(self, mutation: Mutation) -> tuple[str, str, BaseException | None]:
@@ -363,12 +390,16 @@ class _Child:
             return f"does not name the file: {sentence[:400]!r}"
         return ""
 
-    def _side_effects(self, warned: list) -> tuple[str, str] | None:
+    def _attack(self) -> tuple[str, str] | None:
         if self.seen:
             return self.seen[0]
-        strangers = sorted(path.name for path in self.space.folder.iterdir())
-        if strangers != ["inside", "other", "outside", "printed"]:
-            return "writes outside", str(strangers)
+        if self.space.marker.exists():
+            self.space.marker.unlink()
+            return "execution", "the marker was made"
+        strangers = {path.name for path in self.space.folder.iterdir()} - {"inside", "other", "outside", "printed"}
+        return ("writes outside", str(strangers)) if strangers else None
+
+    def _side_effects(self, warned: list) -> tuple[str, str] | None:
         if warned:
             return "warning of a library", f"{warned[0].category.__name__}: {warned[0].message}"
         for record in self.records:

@@ -1,6 +1,5 @@
 """Readers of models, weights, caches and compiled code, for the fuzzer; everything is as small as it can be."""
 
-import copy
 import ctypes
 import os
 import shutil
@@ -18,7 +17,7 @@ from binarize.stages import calibrate
 from common.c_library import CACHE_VARIABLE, open_library
 from common.errors import NumericError, UserError
 from datasets.records import ImageDataset, Record
-from models.build import RANDOM_TINY_ENCODER, build_encoder
+from models.build import RANDOM_TINY_ENCODER
 from models.detector import Detector
 from models.encoder import load_encoder_weights, read_weights_file
 from models.patch_description import TEACHER_CHANNELS, PatchDescriptionNetwork
@@ -32,7 +31,7 @@ from tests.test_raad_packed import write as write_quantized
 from utils.agreement import packed_copy
 from utils.arguments import base_parser, parse
 from utils.categories import ModelData
-from utils.checkpoint import load_checkpoint, save_checkpoint
+from utils.checkpoint import save_checkpoint
 from utils.detectors import description, open_checkpoint, restore_detector
 from utils.distillation_data import DistillationOptions
 from utils.export import ThresholdOptions, export_packed, transform_of
@@ -54,6 +53,7 @@ MODELS = {
     "VarAD": (1, ("--encoder", RANDOM_TINY_ENCODER, "--clb_stage", "1", "--load_checkpoint", "before")),
     "RAAD": (0, ("--encoder", "pdn_tiny", "--clb_stage", "0")),
 }
+PRECISIONS = {"INP-Former": ("int8", "int8"), "Dinomaly": ("bf16", "fp16"), "VarAD": ("fp32", "fp32")}
 CALIBRATION = {"map_median": 0.25, "map_limit": 1.0, "map_threshold": 0.75, "scores": [0.125, 0.25, 0.5]}
 
 
@@ -63,7 +63,9 @@ def settings_for(host: str) -> Settings:
     side = {"RAAD": 64, "VarAD": 70}.get(host, CROP)
     flags = ["--dataset", "Folder", "--data_path", "data", "--input_size", str(max(64, side)), "--crop_size", str(side)]
     flags += ["--device", "cpu", "--num_workers", "0"]
-    arguments = parse(base_parser("", HOSTS[host], ["single"]), [*flags, "--total_iters", "2", "--batch_size", "2", *MODELS[host][1]])
+    arguments = parse(
+        base_parser("", HOSTS[host], ["single"]), [*flags, "--total_iters", "2", "--batch_size", "2", *MODELS[host][1]]
+    )
     return settings_of(arguments)
 
 
@@ -182,7 +184,9 @@ def make_last(host: str, folder: Path, variant: int) -> Path:
 
     utils.training.save_training_state = keep
     try:
-        fit(detector, Images(host), replace(options, save_every=1), folder, identity, StoppingLog(folder / "m", "bottle"), False)
+        fit(
+            detector, Images(host), replace(options, save_every=1), folder, identity, StoppingLog(folder / "m", "bottle"), False
+        )
     finally:
         utils.training.save_training_state = original
     os.replace(kept, path)
@@ -229,7 +233,7 @@ def resume_distillation(path: Path) -> dict:
 def make_packed(host: str, folder: Path, variant: int) -> Path:
     path = folder / "model.binaryad"
     content, detector = content_for(host, variant), detector_for(host, variant)
-    options = PackingOptions("fp32", "fp32") if detector.trains_encoder else PackingOptions()
+    options = PackingOptions(*PRECISIONS[host])
     about = describe(packed_copy(detector, options), content, {"threshold": 0.5, "source": "a test"}, transform_of(content))
     path.write_bytes(packed_bytes(packed_copy(detector, options), options, about))
     return path
@@ -239,7 +243,9 @@ def make_quantized(folder: Path, variant: int) -> Path:
     detector = detector_of((8, 4, 2, 8) if variant == 0 else (3, 7, 5, 2))
     content = content_for("INP-Former")
     path, _ = write_quantized(detector, folder)
-    return with_description(path, {**transform_of({**content, "config": {**content["config"], "crop_size": 64}})}, content["protocol"])
+    return with_description(
+        path, {**transform_of({**content, "config": {**content["config"], "crop_size": 64}})}, content["protocol"]
+    )
 
 
 def with_description(path: Path, preprocessing: dict, protocol: dict) -> Path:
@@ -364,27 +370,57 @@ NUMERIC = (UserError, NumericError)
 
 READERS = [
     *(
-        Reader(f"model.pth {host}", partial(make_checkpoint, host), partial(start_from, host), "checkpoint", True, has_right_map)
+        Reader(
+            f"model.pth {host}", partial(make_checkpoint, host), partial(start_from, host), "checkpoint", True, has_right_map
+        )
         for host in MODELS
     ),
     Reader("model.pth exported", partial(make_checkpoint, "INP-Former"), export, "checkpoint", True, refusals=NUMERIC),
-    Reader("last.pth INP-Former", partial(make_last, "INP-Former"), partial(resume, "INP-Former"), "checkpoint", True, refusals=NUMERIC),
+    Reader(
+        "last.pth INP-Former",
+        partial(make_last, "INP-Former"),
+        partial(resume, "INP-Former"),
+        "checkpoint",
+        True,
+        refusals=NUMERIC,
+    ),
     Reader("last.pth RAAD", partial(make_last, "RAAD"), partial(resume, "RAAD"), "checkpoint", True, refusals=NUMERIC),
     Reader("distillation state", make_distillation, resume_distillation, "checkpoint", True),
     *(
-        Reader(f"binaryad {host}", partial(make_packed, host), predict, "packed", True, has_right_map, refusals=NUMERIC, names=("image 0",))
+        Reader(
+            f"binaryad {host}",
+            partial(make_packed, host),
+            predict,
+            "packed",
+            True,
+            has_right_map,
+            refusals=NUMERIC,
+            names=("image 0",),
+        )
         for host in ("INP-Former", "Dinomaly", "VarAD")
     ),
     Reader("binaryad RAAD", make_quantized, predict, "packed", True, has_right_map, refusals=NUMERIC, names=("image 0",)),
     *(
-        Reader(f"encoder weights {suffix}", partial(tensor_file, encoder_state, suffix), encoder_weights, form, check=is_usable_network)
+        Reader(
+            f"encoder weights {suffix}",
+            partial(tensor_file, encoder_state, suffix),
+            encoder_weights,
+            form,
+            check=is_usable_network,
+        )
         for suffix, form in ((".safetensors", "safetensors"), (".pth", "torch"))
     ),
     *(
-        Reader(f"teacher weights {suffix}", partial(tensor_file, teacher_state, suffix), teacher_weights, form, check=is_usable_network)
+        Reader(
+            f"teacher weights {suffix}",
+            partial(tensor_file, teacher_state, suffix),
+            teacher_weights,
+            form,
+            check=is_usable_network,
+        )
         for suffix, form in ((".safetensors", "safetensors"), (".pth", "torch"))
     ),
     Reader("feature cache", partial(make_cache, features_of), lambda path: features_of(path.parents[1]), "array", True),
     Reader("image cache", partial(make_cache, pixels_of), lambda path: pixels_of(path.parents[1]), "array", True),
-    Reader("compiled library", make_library, open_toy, "bytes", True, may_execute=True),
+    Reader("compiled library", make_library, open_toy, "bytes", True, programs=("cc", "gcc", "clang")),
 ]

@@ -12,7 +12,6 @@ import zipfile
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -247,7 +246,14 @@ def yaml_text(source: Source, draw: random.Random) -> bytes:
         ]
     )  # fmt: skip
     changed = f"{first}: {value}\n".encode() + rest.partition(b"\n")[2]
-    others = (bomb.encode(), b"\t" + source.content, b"---\n---\n", b"[" * 5000, b"{a: " * 3000, b"? [a, b]\n: 1\n" + source.content)
+    others = (
+        bomb.encode(),
+        b"\t" + source.content,
+        b"---\n---\n",
+        b"[" * 5000,
+        b"{a: " * 3000,
+        b"? [a, b]\n: 1\n" + source.content,
+    )
     return draw.choice([changed, changed, changed, source.content + b"1: 2\n", *others])
 
 
@@ -256,7 +262,9 @@ def csv_cells(source: Source, draw: random.Random) -> bytes:
     rows = list(csv.reader(io.StringIO(source.content.decode())))
     row = draw.randrange(len(rows))
     column = draw.randrange(len(rows[row])) if rows[row] else 0
-    kind = draw.choice(["cell"] * 6 + ["delete column", "copy column", "delete row", "copy row", "rename", "shorten", "lengthen"])
+    kind = draw.choice(
+        ["cell"] * 6 + ["delete column", "copy column", "delete row", "copy row", "rename", "shorten", "lengthen"]
+    )
     evil = evil_value(source, draw)
     text = evil if isinstance(evil, str) else "" if evil is None else str(evil)
     if kind == "cell" and rows[row]:
@@ -477,7 +485,12 @@ def array_header(source: Source, draw: random.Random) -> bytes:
         numbers[draw.randrange(len(numbers))] = draw.choice([0, 1, 2, 10**9, 10**12, -1, 3])
         others = (f"({', '.join(map(str, numbers))},)", "()", "(1,)", f"({2**62}, 4)", "('a',)", "[1]")
         kinds = [text.replace(shape, other) for other in others]
-        kinds += [text.replace("<f2", "<f4"), text.replace("<f2", ">f2"), text.replace("|u1", "|i1"), text.replace("False", "True")]
+        kinds += [
+            text.replace("<f2", "<f4"),
+            text.replace("<f2", ">f2"),
+            text.replace("|u1", "|i1"),
+            text.replace("False", "True"),
+        ]
         kinds += [text.replace("descr", "descx"), "(" * 200, "__import__('os')", text.replace("{", "{'a': 1, ")]
         text = draw.choice(kinds)
     padded = text.strip().encode()
@@ -496,20 +509,26 @@ def png_chunk(source: Source, draw: random.Random) -> bytes:
     kind, content = chunks[number]
     action = draw.choice(["bytes"] * 5 + ["size", "delete", "copy", "text", "rename"])
     if action == "size":
-        chunks[0] = (b"IHDR", struct.pack(">II", draw.choice(INTERESTING) % 2**31, draw.choice(INTERESTING) % 2**31) + chunks[0][1][8:])
+        chunks[0] = (
+            b"IHDR",
+            struct.pack(">II", draw.choice(INTERESTING) % 2**31, draw.choice(INTERESTING) % 2**31) + chunks[0][1][8:],
+        )
     elif action == "delete":
         del chunks[number]
     elif action == "copy":
         chunks.insert(number, chunks[number])
     elif action == "text":
         bomb = b"Comment\0\0" + zlib.compress(bytes(20_000_000), 9)
-        chunks.insert(max(1, number), draw.choice([(b"zTXt", bomb), (b"iCCP", bomb), (b"tRNS", b"\0" * 6), (b"eXIf", b"MM\0*junk")]))
+        chunks.insert(
+            max(1, number), draw.choice([(b"zTXt", bomb), (b"iCCP", bomb), (b"tRNS", b"\0" * 6), (b"eXIf", b"MM\0*junk")])
+        )
     elif action == "rename":
         chunks[number] = (draw.choice([b"IHDR", b"IDAT", b"PLTE", b"acTL", b"fdAT", b"xxxx"]), content)
     elif content:
         chunks[number] = (kind, draw.choice(BYTES[:-1])(Source(content, b"", source.marker, source.outside), draw))
     written = b"".join(
-        struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content)) for kind, content in chunks
+        struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+        for kind, content in chunks
     )
     return source.content[:8] + written
 

@@ -20,6 +20,7 @@ from PIL import ExifTags, Image
 
 from common.errors import ResourceError, UserError
 from datasets import elpv, mvtec_loco, realiad, visa
+from datasets.catalog import LAYOUTS
 from datasets.images import image_size, load_image, load_mask
 from datasets.records import Record
 from tests.fuzz_engine import Reader
@@ -52,6 +53,7 @@ def make_run_folder(name: str, folder: Path, variant: int) -> Path:
     rows = {"bottle": row(0.5 + variant / 8, AUPRO=0.75), "cable": row(None)}
     host = RAAD if name == "quantization.json" else INP_FORMER
     path = make_run(folder, rows, host=host, items=[*ITEMS, "capsule"], seed=variant, platform="Linux")
+    make_run(folder / "sound", rows, "--save_name", "Sound", items=ITEMS)
     write_failures(path / "failures.csv", {"capsule": "an image is damaged", "=sum": "so it is"})
     write_pixel_errors(path / "pixel_errors.csv", {"bottle": 0.0005 + variant / 1000})
     write_scores(path / "bottle" / "scores.csv", [(f"{number}.png", "bottle", number % 2, number / 7) for number in range(6)])
@@ -59,7 +61,13 @@ def make_run_folder(name: str, folder: Path, variant: int) -> Path:
     for iteration in (10, 20, 30):
         log.training(iteration, 1 / iteration + variant, 1e-3, 0.25, {"reconstruction": 0.5})
     log.append("evaluation", mean_gate=0.5, pixel_error=None, AUPRO=0.75)
-    timing = {"milliseconds": 12.5 + variant, "engine": "torch float32", "model": "model.pth", "machine": ["a CPU"], "date": "2026-01-02"}
+    timing = {
+        "milliseconds": 12.5 + variant,
+        "engine": "torch float32",
+        "model": "model.pth",
+        "machine": ["a CPU"],
+        "date": "2026-01-02",
+    }
     (path / "timing.json").write_text(json.dumps(timing))
     size = {"effective_teacher_student": 1e6 + variant, "effective_all": 2e6}
     (path / "bottle" / "quantization.json").write_text(json.dumps({"size": size, "layers": []}))
@@ -75,7 +83,8 @@ def reported(path: Path) -> dict[str, str]:
     """As scripts.report does."""
     folder, published = run_of(path), read_published()
     output = folder.parent / "report"
-    comparison = compare_runs([folder])
+    sound = folder.parent / "sound"
+    comparison = compare_runs([folder, *sound.glob("*")])
     texts = {"tables": "".join(overview(part).text() + cost_table(part).text() for part in comparison.sections)}
     texts["notes"] = "\n".join([*comparison.warnings, *comparison.missing])
     for name, write in (("md", write_markdown), ("csv", write_csv), ("html", write_page)):
@@ -101,13 +110,26 @@ def resumed(path: Path) -> dict[str, object]:
     folder.write_environment("hub", torch.device("cpu"), 0, ITEMS, {})
     MetricsLog(copied / "metrics.jsonl", "bottle").truncate(20)
     folder.add_row("capsule", row(0.25), ITEMS, 0.001)
-    written = {name: (copied / name).read_text(encoding="utf-8") for name in ("metrics.jsonl", "results.csv", "pixel_errors.csv")}
+    written = {
+        name: (copied / name).read_text(encoding="utf-8") for name in ("metrics.jsonl", "results.csv", "pixel_errors.csv")
+    }
     return {**known, **written, "items": folder.environment()["items"]}
 
 
 def settings_of_run(root: Path) -> Settings:
     """The command that made the run."""
-    start = ["--dataset", "MVTec-AD", "--data_path", "data", "--clb_stage", "0", "--total_iters", "100", "--save_dir", str(root)]
+    start = [
+        "--dataset",
+        "MVTec-AD",
+        "--data_path",
+        "data",
+        "--clb_stage",
+        "0",
+        "--total_iters",
+        "100",
+        "--save_dir",
+        str(root),
+    ]
     return settings_of(parse(base_parser("", INP_FORMER, ["single"]), start))
 
 
@@ -222,9 +244,9 @@ def locked(path: Path) -> str:
 # ---- data sets
 
 
-def in_data_set(layout: ModuleType, item: str, path: Path) -> list:
+def in_data_set(layout: ModuleType, item: str, index: str, path: Path) -> list:
     """As every training does: records of training and test, and the pixels of their files."""
-    root = next(parent for parent in path.parents if parent.name == "inside")
+    root = path.parents[index.count("/")]
     records = [*layout.train_records(root, item), *layout.test_records(root, item)]
     for record in records:
         for file in (record.path, *record.masks):
@@ -249,18 +271,25 @@ def are_records(value: list, original: list) -> None:
 
 
 def make_index(make: Callable[..., Path], index: str, folder: Path, variant: int) -> Path:
-    """A miniature data set, in the second variant another one."""
-    make(folder, **({"count": 12 + variant} if make is make_elpv else {}))
+    """A miniature data set; in the second variant its index names less, or other thresholds."""
+    make(folder, **({"count": 12} if make is make_elpv else {}))
     path = folder / index
-    if variant:
-        path.write_bytes(path.read_bytes().replace(b"0", b"1"))
+    if variant and path.suffix == ".json":
+        content = json.loads(path.read_text())
+        if isinstance(content, dict):
+            content["test"] = content["test"][1:]
+        else:
+            content[0]["saturation_threshold"] = 30
+        path.write_text(json.dumps(content))
+    elif variant:
+        path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
     return path
 
 
 def loco_regions(path: Path) -> list:
     """As the evaluation of MVTec-LOCO does."""
     root = path.parents[1]
-    records = [record for record in mvtec_loco.test_records(root, path.parent.name) if record.label]
+    records = [record for record in LAYOUTS["MVTec-LOCO"].test(root, path.parent.name) if record.label]
     regions = [region for record in records for region in mvtec_loco.defect_regions(record, LARGEST)]
     return [(int(region.mask.sum()), region.saturation) for region in regions]
 
@@ -316,7 +345,17 @@ def is_a_mask(value: np.ndarray, original: np.ndarray) -> None:
     assert set(np.unique(value)) <= {0, 255}
 
 
-IMAGES = [(".png", "RGB"), (".png", "I;16"), (".png", "P"), (".jpg", "RGB"), (".jpg", "CMYK"), (".bmp", "RGB"), (".tif", "RGB"), (".tif", "L"), (".webp", "RGB")]
+IMAGES = [
+    (".png", "RGB"),
+    (".png", "I;16"),
+    (".png", "P"),
+    (".jpg", "RGB"),
+    (".jpg", "CMYK"),
+    (".bmp", "RGB"),
+    (".tif", "RGB"),
+    (".tif", "L"),
+    (".webp", "RGB"),
+]
 INDICES = [
     ("Real-IAD index", realiad, make_realiad, "audiojack", "realiad_jsons/realiad_jsons/audiojack.json", "json"),
     ("VisA split", visa, make_visa_downloaded, "pcb1", "split_csv/1cls.csv", "csv"),
@@ -328,26 +367,69 @@ RUN_FILES = {
 }  # fmt: skip
 
 READERS = [
-    *(Reader(f"{name} reported", partial(make_run_folder, name), reported, form, check=has_no_garbage) for name, form in RUN_FILES.items()),
     *(
-        Reader(f"{name} of a report", partial(make_run_folder, name), described, form, check=lambda value, _: has_no_garbage({"page": value}, {}))
+        Reader(f"{name} reported", partial(make_run_folder, name), reported, form, check=has_no_garbage)
+        for name, form in RUN_FILES.items()
+    ),
+    *(
+        Reader(
+            f"{name} of a report",
+            partial(make_run_folder, name),
+            described,
+            form,
+            check=lambda value, _: has_no_garbage({"page": value}, {}),
+        )
         for name, form in (("config.yaml", "yaml"), ("metrics.jsonl", "json lines"), ("scores.csv", "csv"))
     ),
     *(
-        Reader(f"{name} resumed", partial(make_run_folder, name), resumed, form, check=has_fractions)
-        for name, form in (("config.yaml", "yaml"), ("env.json", "json"), ("metrics.jsonl", "json lines"), ("results.csv", "csv"), ("failures.csv", "csv"), ("pixel_errors.csv", "csv"))
+        Reader(
+            f"{name} resumed",
+            partial(make_run_folder, name),
+            resumed,
+            form,
+            check=has_fractions,
+            names=("/copy'",),
+            programs=("git",),
+        )
+        for name, form in (
+            ("config.yaml", "yaml"),
+            ("env.json", "json"),
+            ("metrics.jsonl", "json lines"),
+            ("results.csv", "csv"),
+            ("failures.csv", "csv"),
+            ("pixel_errors.csv", "csv"),
+        )
     ),
-    Reader("--config", make_config, configured, "yaml", check=is_a_command),
+    Reader("--config", make_config, configured, "yaml", check=is_a_command, names=("--",)),
     Reader("published results", make_published, read_published, "csv", check=has_percents),
     Reader("list of images", make_list, listed, "lines", check=stay_below_the_output, may_leave=True),
     Reader("run.lock", make_lock, locked, "lines", refusals=(UserError, ResourceError)),
     *(
-        Reader(name, partial(make_index, make, index), partial(in_data_set, layout, item), form, check=are_records)
+        Reader(
+            name,
+            partial(make_index, make, index),
+            partial(in_data_set, layout, item, index),
+            form,
+            check=are_records,
+            names=("/inside/",),
+        )
         for name, layout, make, item, index, form in INDICES
     ),
-    Reader("MVTec-LOCO saturations", partial(make_index, make_loco, "breakfast_box/defects_config.json"), loco_regions, "json", check=saturate),
+    Reader(
+        "MVTec-LOCO saturations",
+        partial(make_index, make_loco, "breakfast_box/defects_config.json"),
+        loco_regions,
+        "json",
+        check=saturate,
+    ),
     *(
-        Reader(f"image {suffix} {mode}", partial(make_image, suffix, mode), decoded, "png" if suffix == ".png" else "bytes", check=is_an_image)
+        Reader(
+            f"image {suffix} {mode}",
+            partial(make_image, suffix, mode),
+            decoded,
+            "png" if suffix == ".png" else "bytes",
+            check=is_an_image,
+        )
         for suffix, mode in IMAGES
     ),
     *(
