@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--list", action="store_true", help="print the names of all readers")
     arguments = parser.parse_args(argv)
     if arguments.list:
-        print(*READERS, sep="\n")
+        print("\n".join(READERS))
         return 0
     summaries = run(arguments.reader, arguments.mutants, arguments.seed, arguments.seconds, arguments.only)
     if arguments.only is not None:

@@ -24,7 +24,8 @@ import numpy as np
 import torch
 
 from common.errors import CommandError, UserError
-from tests.fuzz_mutations import MUTATIONS, Mutation, Source
+from tests.fuzz_bytes import Source
+from tests.fuzz_mutations import MUTATIONS, Mutation
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 REFUSED, EQUAL, VALID = "refused", "loaded equal", "loaded otherwise but valid"
@@ -48,8 +49,9 @@ _QUIET = (ResourceWarning, DeprecationWarning, PendingDeprecationWarning, Import
 
 # places of paths, and of the folders that they start from, among the arguments of an audit event
 _PLACES = {
-    "os.rename": ((0, 2), (1, 3)), "os.remove": ((0, 1),), "os.mkdir": ((0, 2),), "os.rmdir": ((0, 1),), "os.link": ((0, 2), (1, 3)),
-    "os.symlink": ((1, 2),), "os.truncate": ((0, None),), "os.chmod": ((0, 2),), "os.chown": ((0, 3),),
+    "os.rename": ((0, 2), (1, 3)), "os.remove": ((0, 1),), "os.mkdir": ((0, 2),), "os.rmdir": ((0, 1),),
+    "os.link": ((0, 2), (1, 3)), "os.symlink": ((1, 2),), "os.truncate": ((0, None),),
+    "os.chmod": ((0, 2),), "os.chown": ((0, 3),),
 }  # fmt: skip
 
 
@@ -299,7 +301,7 @@ class _Child:
         self.printed = os.open(self.space.folder / "printed", os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
         for number in (1, 2):
             os.dup2(self.printed, number)
-        sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))
+        sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
         root = logging.getLogger()
         root.handlers = [_Collector(self.records)]
         root.setLevel(logging.WARNING)

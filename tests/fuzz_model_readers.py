@@ -5,6 +5,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from tests.miniature import save, texture
 from tests.raad_models import detector_of
 from tests.test_encoder import SIDE as GRID
 from tests.test_encoder import facebook_state, small_vit
+from tests.test_packed import rewritten
 from tests.test_raad_packed import write as write_quantized
 from utils.agreement import packed_copy
 from utils.arguments import base_parser, parse
@@ -62,11 +64,8 @@ def settings_for(host: str) -> Settings:
     """A tiny command of a host."""
     side = {"RAAD": 64, "VarAD": 70}.get(host, CROP)
     flags = ["--dataset", "Folder", "--data_path", "data", "--input_size", str(max(64, side)), "--crop_size", str(side)]
-    flags += ["--device", "cpu", "--num_workers", "0"]
-    arguments = parse(
-        base_parser("", HOSTS[host], ["single"]), [*flags, "--total_iters", "2", "--batch_size", "2", *MODELS[host][1]]
-    )
-    return settings_of(arguments)
+    flags += ["--device", "cpu", "--num_workers", "0", "--total_iters", "2", "--batch_size", "2"]
+    return settings_of(parse(base_parser("", HOSTS[host], ["single"]), [*flags, *MODELS[host][1]]))
 
 
 @cache
@@ -136,61 +135,26 @@ def export(path: Path) -> bytes:
     return output.read_bytes()
 
 
-class Images(list):
-    """Four images as a training reads them."""
+def train(host: str, folder: Path, variant: int, iterations: int) -> Detector:
+    """Train up to a number of iterations out of two on four images, going on from a last.pth."""
+    settings = settings_for(host)
+    detector = detector_for(host, variant).train()
+    HOSTS[host].prepare_training(detector, settings.config)
+    images = [{"image": image, "path": f"{number}.png"} for number, image in enumerate(noise(host, 4))]
+    identity = {**expected_of(host), "image_count": 4, "total_iterations": 2, "features": "not cached"}
+    options = replace(settings.training_for("bottle", 4), total_iterations=iterations)
+    fit(detector, images, options, folder, identity, MetricsLog(folder / "metrics.jsonl", "bottle"), resume=True)
+    return detector
 
-    def __init__(self, host: str):
-        super().__init__({"image": image, "path": f"{number}.png"} for number, image in enumerate(noise(host, 4)))
+
+def make_last(host: str, folder: Path, variant: int) -> Path:
+    train(host, folder, variant, 1)
+    return folder / "last.pth"
 
 
 def resume(host: str, path: Path) -> dict:
     """As a training that goes on from its last.pth does."""
-    settings = settings_for(host)
-    detector = detector_for(host).train()
-    HOSTS[host].prepare_training(detector, settings.config)
-    identity = {**expected_of(host), "image_count": 4, "total_iterations": 2, "features": "not cached"}
-    log = MetricsLog(path.with_name("metrics.jsonl"), "bottle")
-    options = settings.training_for("bottle", 4)
-    fit(detector, Images(host), options, path.parent, identity, log, resume=True)
-    return {"state": dict(detector.trained_state())}
-
-
-def make_last(host: str, folder: Path, variant: int) -> Path:
-    """Stopped after one of two iterations."""
-    path = folder / "last.pth"
-    kept = folder / "kept.pth"
-
-    class StoppingLog(MetricsLog):
-        """Keeps the state after the first iteration."""
-
-        def training(self, *arguments) -> None:
-            pass
-
-    settings = settings_for(host)
-    detector = detector_for(host, variant).train()
-    HOSTS[host].prepare_training(detector, settings.config)
-    identity = {**expected_of(host), "image_count": 4, "total_iterations": 2, "features": "not cached"}
-    options = settings.training_for("bottle", 4)
-    from dataclasses import replace
-
-    import utils.training
-
-    original = utils.training.save_training_state
-
-    def keep(*arguments) -> None:
-        original(*arguments)
-        if not kept.exists():
-            shutil.copy(path, kept)
-
-    utils.training.save_training_state = keep
-    try:
-        fit(
-            detector, Images(host), replace(options, save_every=1), folder, identity, StoppingLog(folder / "m", "bottle"), False
-        )
-    finally:
-        utils.training.save_training_state = original
-    os.replace(kept, path)
-    return path
+    return {"state": dict(train(host, path.parent, 0, 2).trained_state())}
 
 
 class Source(torch.nn.Module):
@@ -240,20 +204,13 @@ def make_packed(host: str, folder: Path, variant: int) -> Path:
 
 
 def make_quantized(folder: Path, variant: int) -> Path:
-    detector = detector_of((8, 4, 2, 8) if variant == 0 else (3, 7, 5, 2))
-    content = content_for("INP-Former")
-    path, _ = write_quantized(detector, folder)
-    return with_description(
-        path, {**transform_of({**content, "config": {**content["config"], "crop_size": 64}})}, content["protocol"]
-    )
-
-
-def with_description(path: Path, preprocessing: dict, protocol: dict) -> Path:
-    """The quantized file with what a real one says, too."""
-    from tests.test_packed import rewritten
+    """A quantized RAAD; its file gets what the trained model would add."""
+    path, _ = write_quantized(detector_of((8, 4, 2, 8) if variant == 0 else (3, 7, 5, 2)), folder)
+    content = content_for("RAAD")
 
     def complete(header: dict, entry: dict) -> None:
-        entry.update(preprocessing=preprocessing, protocol=protocol, decision={"threshold": 0.5, "source": "a test"})
+        entry["preprocessing"], entry["protocol"] = transform_of(content), content["protocol"]
+        entry["decision"] = {"threshold": 0.5, "source": "a test"}
 
     path.write_bytes(rewritten(path.read_bytes(), complete))
     return path
@@ -366,61 +323,35 @@ def open_toy(path: Path) -> int:
         shutil.rmtree(folder)
 
 
-NUMERIC = (UserError, NumericError)
+def _reader(
+    name: str, make: Callable, read: Callable, form: str = "checkpoint", check: Callable | None = None, **others
+) -> Reader:
+    """A reader of a file with a hash of its own."""
+    further = {} if check is None else {"check": check}
+    return Reader(name, make, read, form, sealed=True, refusals=(UserError, NumericError), **further, **others)
+
+
+def _weights(kind: str, suffix: str, make_state: Callable[[int], dict], read: Callable[[Path], dict]) -> Reader:
+    """A reader of weights, which have no hash: damaged ones are others, but usable."""
+    form = "torch" if suffix == ".pth" else "safetensors"
+    return Reader(f"{kind} weights {suffix}", partial(tensor_file, make_state, suffix), read, form, check=is_usable_network)
+
 
 READERS = [
     *(
-        Reader(
-            f"model.pth {host}", partial(make_checkpoint, host), partial(start_from, host), "checkpoint", True, has_right_map
-        )
+        _reader(f"model.pth {host}", partial(make_checkpoint, host), partial(start_from, host), check=has_right_map)
         for host in MODELS
     ),
-    Reader("model.pth exported", partial(make_checkpoint, "INP-Former"), export, "checkpoint", True, refusals=NUMERIC),
-    Reader(
-        "last.pth INP-Former",
-        partial(make_last, "INP-Former"),
-        partial(resume, "INP-Former"),
-        "checkpoint",
-        True,
-        refusals=NUMERIC,
-    ),
-    Reader("last.pth RAAD", partial(make_last, "RAAD"), partial(resume, "RAAD"), "checkpoint", True, refusals=NUMERIC),
-    Reader("distillation state", make_distillation, resume_distillation, "checkpoint", True),
+    _reader("model.pth exported", partial(make_checkpoint, "INP-Former"), export),
+    *(_reader(f"last.pth {host}", partial(make_last, host), partial(resume, host)) for host in ("INP-Former", "RAAD")),
+    _reader("distillation state", make_distillation, resume_distillation),
     *(
-        Reader(
-            f"binaryad {host}",
-            partial(make_packed, host),
-            predict,
-            "packed",
-            True,
-            has_right_map,
-            refusals=NUMERIC,
-            names=("image 0",),
-        )
-        for host in ("INP-Former", "Dinomaly", "VarAD")
+        _reader(f"binaryad {host}", make, predict, "packed", has_right_map, names=("image 0",))
+        for host, make in {**{host: partial(make_packed, host) for host in PRECISIONS}, "RAAD": make_quantized}.items()
     ),
-    Reader("binaryad RAAD", make_quantized, predict, "packed", True, has_right_map, refusals=NUMERIC, names=("image 0",)),
-    *(
-        Reader(
-            f"encoder weights {suffix}",
-            partial(tensor_file, encoder_state, suffix),
-            encoder_weights,
-            form,
-            check=is_usable_network,
-        )
-        for suffix, form in ((".safetensors", "safetensors"), (".pth", "torch"))
-    ),
-    *(
-        Reader(
-            f"teacher weights {suffix}",
-            partial(tensor_file, teacher_state, suffix),
-            teacher_weights,
-            form,
-            check=is_usable_network,
-        )
-        for suffix, form in ((".safetensors", "safetensors"), (".pth", "torch"))
-    ),
-    Reader("feature cache", partial(make_cache, features_of), lambda path: features_of(path.parents[1]), "array", True),
-    Reader("image cache", partial(make_cache, pixels_of), lambda path: pixels_of(path.parents[1]), "array", True),
-    Reader("compiled library", make_library, open_toy, "bytes", True, programs=("cc", "gcc", "clang")),
+    *(_weights("encoder", suffix, encoder_state, encoder_weights) for suffix in (".safetensors", ".pth")),
+    *(_weights("teacher", suffix, teacher_state, teacher_weights) for suffix in (".safetensors", ".pth")),
+    _reader("feature cache", partial(make_cache, features_of), lambda path: features_of(path.parents[1]), "array"),
+    _reader("image cache", partial(make_cache, pixels_of), lambda path: pixels_of(path.parents[1]), "array"),
+    _reader("compiled library", make_library, open_toy, "bytes", programs=("cc", "gcc", "clang")),
 ]

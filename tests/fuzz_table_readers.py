@@ -93,11 +93,11 @@ def reported(path: Path) -> dict[str, str]:
     return texts
 
 
-def described(path: Path) -> str:
+def described(path: Path) -> dict[str, str]:
     """As the end of every training does."""
     folder = run_of(path)
     write_run_report(folder)
-    return (folder / "report.html").read_text(encoding="utf-8")
+    return {"page": (folder / "report.html").read_text(encoding="utf-8")}
 
 
 def resumed(path: Path) -> dict[str, object]:
@@ -160,7 +160,6 @@ def as_argparse(call: Callable[[], object]) -> object:
         with contextlib.redirect_stderr(printed):
             return call()
     except SystemExit as end:
-        assert end.code == 2, end.code
         raise UserError(printed.getvalue().removesuffix("\n")) from end
 
 
@@ -345,62 +344,40 @@ def is_a_mask(value: np.ndarray, original: np.ndarray) -> None:
     assert set(np.unique(value)) <= {0, 255}
 
 
+def _images(suffix: str) -> dict[str, object]:
+    """Form of mutations of an image file."""
+    return {"form": "png" if suffix == ".png" else "bytes"}
+
+
 IMAGES = [
-    (".png", "RGB"),
-    (".png", "I;16"),
-    (".png", "P"),
-    (".jpg", "RGB"),
-    (".jpg", "CMYK"),
-    (".bmp", "RGB"),
-    (".tif", "RGB"),
-    (".tif", "L"),
-    (".webp", "RGB"),
-]
+    (".png", "RGB"), (".png", "I;16"), (".png", "P"), (".jpg", "RGB"), (".jpg", "CMYK"), (".bmp", "RGB"), (".tif", "RGB"),
+    (".tif", "L"), (".webp", "RGB"),
+]  # fmt: skip
 INDICES = [
     ("Real-IAD index", realiad, make_realiad, "audiojack", "realiad_jsons/realiad_jsons/audiojack.json", "json"),
     ("VisA split", visa, make_visa_downloaded, "pcb1", "split_csv/1cls.csv", "csv"),
     ("ELPV labels", elpv, make_elpv, "mono", "labels.csv", "lines"),
 ]
-RUN_FILES = {
+SATURATIONS = partial(make_index, make_loco, "breakfast_box/defects_config.json")
+FORMS = {
     "config.yaml": "yaml", "env.json": "json", "cost.json": "json", "timing.json": "json", "quantization.json": "json",
-    "results.csv": "csv", "failures.csv": "csv", "pixel_errors.csv": "csv",
+    "results.csv": "csv", "failures.csv": "csv", "pixel_errors.csv": "csv", "metrics.jsonl": "json lines", "scores.csv": "csv",
 }  # fmt: skip
+REPORTED = [name for name in FORMS if name not in ("metrics.jsonl", "scores.csv")]
+DESCRIBED = ["config.yaml", "metrics.jsonl", "scores.csv"]
+RESUMED = ["config.yaml", "env.json", "metrics.jsonl", "results.csv", "failures.csv", "pixel_errors.csv"]
+
+
+def _of_run(name: str, purpose: str, read: Callable[[Path], object], **others) -> Reader:
+    """A reader of a file of a run folder."""
+    return Reader(f"{name} {purpose}", partial(make_run_folder, name), read, FORMS[name], **others)
+
 
 READERS = [
-    *(
-        Reader(f"{name} reported", partial(make_run_folder, name), reported, form, check=has_no_garbage)
-        for name, form in RUN_FILES.items()
-    ),
-    *(
-        Reader(
-            f"{name} of a report",
-            partial(make_run_folder, name),
-            described,
-            form,
-            check=lambda value, _: has_no_garbage({"page": value}, {}),
-        )
-        for name, form in (("config.yaml", "yaml"), ("metrics.jsonl", "json lines"), ("scores.csv", "csv"))
-    ),
-    *(
-        Reader(
-            f"{name} resumed",
-            partial(make_run_folder, name),
-            resumed,
-            form,
-            check=has_fractions,
-            names=("/copy'",),
-            programs=("git",),
-        )
-        for name, form in (
-            ("config.yaml", "yaml"),
-            ("env.json", "json"),
-            ("metrics.jsonl", "json lines"),
-            ("results.csv", "csv"),
-            ("failures.csv", "csv"),
-            ("pixel_errors.csv", "csv"),
-        )
-    ),
-    Reader("--config", make_config, configured, "yaml", check=is_a_command, names=("--",)),
+    *(_of_run(name, "reported", reported, check=has_no_garbage) for name in REPORTED),
+    *(_of_run(name, "described", described, check=has_no_garbage) for name in DESCRIBED),
+    *(_of_run(name, "resumed", resumed, check=has_fractions, names=("/copy'",), programs=("git",)) for name in RESUMED),
+    Reader("settings of --config", make_config, configured, "yaml", check=is_a_command, names=("--",)),
     Reader("published results", make_published, read_published, "csv", check=has_percents),
     Reader("list of images", make_list, listed, "lines", check=stay_below_the_output, may_leave=True),
     Reader("run.lock", make_lock, locked, "lines", refusals=(UserError, ResourceError)),
@@ -415,25 +392,13 @@ READERS = [
         )
         for name, layout, make, item, index, form in INDICES
     ),
-    Reader(
-        "MVTec-LOCO saturations",
-        partial(make_index, make_loco, "breakfast_box/defects_config.json"),
-        loco_regions,
-        "json",
-        check=saturate,
-    ),
+    Reader("MVTec-LOCO saturations", SATURATIONS, loco_regions, "json", check=saturate),
     *(
-        Reader(
-            f"image {suffix} {mode}",
-            partial(make_image, suffix, mode),
-            decoded,
-            "png" if suffix == ".png" else "bytes",
-            check=is_an_image,
-        )
+        Reader(f"image {suffix} {mode}", partial(make_image, suffix, mode), decoded, check=is_an_image, **_images(suffix))
         for suffix, mode in IMAGES
     ),
     *(
-        Reader(f"mask {suffix}", partial(make_mask, suffix), masked, "png" if suffix == ".png" else "bytes", check=is_a_mask)
+        Reader(f"mask {suffix}", partial(make_mask, suffix), masked, check=is_a_mask, **_images(suffix))
         for suffix in (".png", ".bmp")
     ),
 ]
