@@ -8,12 +8,13 @@ import random
 import struct
 import zipfile
 import zlib
+from functools import lru_cache
 from pathlib import Path
 
 import torch
 
 from tests.fuzz_bytes import BYTES, INTERESTING, Source, replaced
-from tests.fuzz_texts import change_tree, evil_value, places
+from tests.fuzz_texts import change_tree, copied, evil_value, places
 from tests.test_packed import rewritten
 from utils.checkpoint import save_checkpoint
 
@@ -75,8 +76,7 @@ def pickle_attack(source: Source, draw: random.Random) -> bytes:
     pickled = pickle.dumps(attack, protocol=draw.choice([0, 2, 4]))
     main = next(name for name in entries if name.endswith("data.pkl"))
     beside = io.BytesIO()
-    with torch.serialization.safe_globals([]):
-        torch.save({**torch.load(io.BytesIO(source.content), weights_only=True), "attack": attack}, beside)
+    torch.save({**_loaded(source.content), "attack": attack}, beside)
     source.marker.unlink(missing_ok=True)
     return draw.choice([_zipped({**entries, main: pickled}), beside.getvalue(), pickled, pickled + source.content])
 
@@ -96,8 +96,13 @@ def evil_tensor(value: torch.Tensor, draw: random.Random) -> object:
     )()  # fmt: skip
 
 
+@lru_cache(maxsize=1)  # a mutant is changed in a copy
+def _loaded(content: bytes) -> dict:
+    return torch.load(io.BytesIO(content), weights_only=True)
+
+
 def _changed_content(source: Source, draw: random.Random) -> object:
-    content = torch.load(io.BytesIO(source.content), weights_only=True)
+    content = copied(_loaded(source.content))
     tensors = [(node, key) for node, key in places(content) if isinstance(node[key], torch.Tensor)]
     if tensors and draw.random() < 0.4:
         node, key = draw.choice(tensors)

@@ -342,8 +342,8 @@ READERS = [
         _reader(f"model.pth {host}", partial(make_checkpoint, host), partial(start_from, host), check=has_right_map)
         for host in MODELS
     ),
-    _reader("model.pth exported", partial(make_checkpoint, "INP-Former"), export),
-    *(_reader(f"last.pth {host}", partial(make_last, host), partial(resume, host)) for host in ("INP-Former", "RAAD")),
+    _reader("model.pth exported", partial(make_checkpoint, "VarAD"), export),
+    *(_reader(f"last.pth {host}", partial(make_last, host), partial(resume, host)) for host in ("VarAD", "RAAD")),
     _reader("distillation state", make_distillation, resume_distillation),
     *(
         _reader(f"binaryad {host}", make, predict, "packed", has_right_map, names=("image 0",))

@@ -1,6 +1,5 @@
 """Mutations of JSON, YAML, CSV and other texts, by their structure."""
 
-import copy
 import csv
 import io
 import json
@@ -44,9 +43,16 @@ def places(tree: object) -> list[tuple[object, object]]:
     return found
 
 
+def copied(tree: object) -> object:
+    """Other dicts and lists with the very same leaves."""
+    if isinstance(tree, dict):
+        return {key: copied(value) for key, value in tree.items()}
+    return [copied(value) for value in tree] if isinstance(tree, list) else tree
+
+
 def change_tree(tree: object, evil: object, draw: random.Random) -> object:
     """A copy of nested dicts and lists with one thing changed: a value, its key, its place or its number."""
-    tree = copy.deepcopy(tree)
+    tree = copied(tree)
     found = places(tree)
     if not found or draw.random() < 0.03:
         return evil
