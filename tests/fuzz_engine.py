@@ -197,7 +197,7 @@ def mutant(reader: Reader, source: Source, seed: int, index: int) -> tuple[Mutat
     mutation = mutations[index % len(mutations)]
     content = mutation.change(source, generator)
     for _ in range(8):
-        if content != source.content:
+        if content not in (source.content, source.other):
             break
         content = mutation.change(source, generator)
     return mutation, content

@@ -55,6 +55,7 @@ MODELS = {
     "VarAD": (1, ("--encoder", RANDOM_TINY_ENCODER, "--clb_stage", "1", "--load_checkpoint", "before")),
     "RAAD": (0, ("--encoder", "pdn_tiny", "--clb_stage", "0")),
 }
+DECISION = {"threshold": 0.5, "quantile": 0.99, "margin": 1.0, "images": 3, "source": "a test"}
 PRECISIONS = {"INP-Former": ("int8", "int8"), "Dinomaly": ("bf16", "fp16"), "VarAD": ("fp32", "fp32")}
 CALIBRATION = {"map_median": 0.25, "map_limit": 1.0, "map_threshold": 0.75, "scores": [0.125, 0.25, 0.5]}
 
@@ -198,7 +199,7 @@ def make_packed(host: str, folder: Path, variant: int) -> Path:
     path = folder / "model.binaryad"
     content, detector = content_for(host, variant), detector_for(host, variant)
     options = PackingOptions(*PRECISIONS[host])
-    about = describe(packed_copy(detector, options), content, {"threshold": 0.5, "source": "a test"}, transform_of(content))
+    about = describe(packed_copy(detector, options), content, DECISION, transform_of(content))
     path.write_bytes(packed_bytes(packed_copy(detector, options), options, about))
     return path
 
@@ -210,7 +211,7 @@ def make_quantized(folder: Path, variant: int) -> Path:
 
     def complete(header: dict, entry: dict) -> None:
         entry["preprocessing"], entry["protocol"] = transform_of(content), content["protocol"]
-        entry["decision"] = {"threshold": 0.5, "source": "a test"}
+        entry["decision"] = DECISION
 
     path.write_bytes(rewritten(path.read_bytes(), complete))
     return path
