@@ -81,6 +81,11 @@ def run_of(path: Path) -> Path:
     return path.parent if path.parent.name not in ITEMS else path.parents[1]
 
 
+def text_of(path: Path) -> str:
+    """A text that may hold names of files, which may be any bytes."""
+    return path.read_text(encoding="utf-8", errors="surrogateescape")
+
+
 def reported(path: Path) -> dict[str, str]:
     """As scripts.report does."""
     folder, published = run_of(path), PUBLISHED()
@@ -91,7 +96,7 @@ def reported(path: Path) -> dict[str, str]:
     texts["notes"] = "\n".join([*comparison.warnings, *comparison.missing])
     for name, write in (("md", write_markdown), ("csv", write_csv), ("html", write_page)):
         write(output.with_suffix(f".{name}"), comparison, published)
-        texts[name] = output.with_suffix(f".{name}").read_text(encoding="utf-8")
+        texts[name] = text_of(output.with_suffix(f".{name}"))
     return texts
 
 
@@ -99,7 +104,7 @@ def described(path: Path) -> dict[str, str]:
     """As the end of every training does."""
     folder = run_of(path)
     write_run_report(folder)
-    return {"page": (folder / "report.html").read_text(encoding="utf-8")}
+    return {"page": text_of(folder / "report.html")}
 
 
 def resumed(path: Path) -> dict[str, object]:
@@ -113,7 +118,7 @@ def resumed(path: Path) -> dict[str, object]:
     MetricsLog(copied / "metrics.jsonl", "bottle").truncate(20)
     folder.add_row("capsule", row(0.25), ITEMS, 0.001)
     written = {
-        name: (copied / name).read_text(encoding="utf-8") for name in ("metrics.jsonl", "results.csv", "pixel_errors.csv")
+        name: text_of(copied / name) for name in ("metrics.jsonl", "results.csv", "pixel_errors.csv")
     }
     return {**known, **written, "items": folder.environment()["items"]}
 
