@@ -1,6 +1,7 @@
 """Readers of models, weights, caches and compiled code, for the fuzzer; everything is as small as it can be."""
 
 import ctypes
+import hashlib
 import os
 import shutil
 import tempfile
@@ -20,7 +21,8 @@ from common.errors import NumericError, UserError
 from datasets.records import ImageDataset, Record
 from models.build import RANDOM_TINY_ENCODER
 from models.detector import Detector
-from models.encoder import load_encoder_weights, read_weights_file
+from models.encoder import load_encoder_weights, read_weights_file, state_sha256
+from models.feature_sources import EfficientNetLiteMaps, build_feature_source
 from models.patch_description import TEACHER_CHANNELS, PatchDescriptionNetwork
 from models.teacher import build_teacher
 from tests.fuzz_engine import Reader
@@ -224,14 +226,27 @@ def predict(path: Path) -> dict:
     return {"map": torch.from_numpy(prediction.map), "score": prediction.score, "verdict": prediction.verdict}
 
 
-def tensor_file(make_state: Callable[[int], dict], suffix: str, folder: Path, variant: int) -> Path:
+def tensor_file(make_state: Callable[[int], dict], suffix: str, folder: Path, variant: int, **metadata: str) -> Path:
     """A state dict as .safetensors or .pth."""
     path, state = folder / f"weights{suffix}", make_state(variant)
     if suffix == ".safetensors":
-        safetensors.torch.save_file(state, path, {"source": "a test"})
+        safetensors.torch.save_file(state, path, {"source": "a test", **metadata})
     else:
         torch.save(state, path)
     return path
+
+
+def make_sealed_teacher(folder: Path, variant: int) -> Path:
+    """As scripts.distill_teacher writes it, with the hash of its tensors."""
+    return tensor_file(teacher_state, ".safetensors", folder, variant, sha256=state_sha256(teacher_state(variant)))
+
+
+def make_neighbour(folder: Path, variant: int) -> Path:
+    """The hash beside a file of weights, as sha256sum writes it."""
+    path = tensor_file(teacher_state, ".pth", folder, variant)
+    neighbour = path.with_name(f"{path.name}.sha256")
+    neighbour.write_text(f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n")
+    return neighbour
 
 
 def encoder_state(variant: int) -> dict:
@@ -265,6 +280,17 @@ def is_usable_network(value: dict, original: dict) -> None:
         assert (tensor.shape, tensor.dtype) == (original["state"][name].shape, torch.float32), name
         assert tensor.isfinite().all(), f"{name} is not finite"
     assert value["sha256"] != original["sha256"], "other weights under the same hash"
+
+
+def source_state(variant: int) -> dict:
+    torch.manual_seed(variant)
+    return dict(EfficientNetLiteMaps().state_dict())
+
+
+def feature_source(path: Path) -> dict:
+    """As scripts.distill_teacher does with a file for --source."""
+    source = build_feature_source(str(path), TEACHER_CHANNELS["tiny"], 64)
+    return {"state": dict(source.maps.state_dict()), "sha256": source.weights_sha256}
 
 
 def images_of(folder: Path, variant: int) -> ImageDataset:
@@ -352,6 +378,9 @@ READERS = [
     ),
     *(_weights("encoder", suffix, encoder_state, encoder_weights) for suffix in (".safetensors", ".pth")),
     *(_weights("teacher", suffix, teacher_state, teacher_weights) for suffix in (".safetensors", ".pth")),
+    _weights("feature source", ".pth", source_state, feature_source),
+    _reader("teacher weights with their hash", make_sealed_teacher, teacher_weights, "safetensors"),
+    _reader("hash beside weights", make_neighbour, lambda path: teacher_weights(path.with_suffix("")), "lines"),
     _reader("feature cache", partial(make_cache, features_of), lambda path: features_of(path.parents[1]), "array"),
     _reader("image cache", partial(make_cache, pixels_of), lambda path: pixels_of(path.parents[1]), "array"),
     _reader("compiled library", make_library, open_toy, "bytes", programs=("cc", "gcc", "clang")),

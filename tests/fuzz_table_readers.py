@@ -117,9 +117,7 @@ def resumed(path: Path) -> dict[str, object]:
     folder.write_environment("hub", torch.device("cpu"), 0, ITEMS, {})
     MetricsLog(copied / "metrics.jsonl", "bottle").truncate(20)
     folder.add_row("capsule", row(0.25), ITEMS, 0.001)
-    written = {
-        name: text_of(copied / name) for name in ("metrics.jsonl", "results.csv", "pixel_errors.csv")
-    }
+    written = {name: text_of(copied / name) for name in ("metrics.jsonl", "results.csv", "pixel_errors.csv")}
     return {**known, **written, "items": folder.environment()["items"]}
 
 
