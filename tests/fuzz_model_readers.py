@@ -22,7 +22,6 @@ from datasets.records import ImageDataset, Record
 from models.build import RANDOM_TINY_ENCODER
 from models.detector import Detector
 from models.encoder import load_encoder_weights, read_weights_file, state_sha256
-from models.feature_sources import EfficientNetLiteMaps, build_feature_source
 from models.patch_description import TEACHER_CHANNELS, PatchDescriptionNetwork
 from models.teacher import build_teacher
 from tests.fuzz_engine import Reader
@@ -282,17 +281,6 @@ def is_usable_network(value: dict, original: dict) -> None:
     assert value["sha256"] != original["sha256"], "other weights under the same hash"
 
 
-def source_state(variant: int) -> dict:
-    torch.manual_seed(variant)
-    return dict(EfficientNetLiteMaps().state_dict())
-
-
-def feature_source(path: Path) -> dict:
-    """As scripts.distill_teacher does with a file for --source."""
-    source = build_feature_source(str(path), TEACHER_CHANNELS["tiny"], 64)
-    return {"state": dict(source.maps.state_dict()), "sha256": source.weights_sha256}
-
-
 def images_of(folder: Path, variant: int) -> ImageDataset:
     generator = np.random.default_rng(variant)
     paths = [folder / "data" / f"{number}.png" for number in range(3)]
@@ -378,7 +366,6 @@ READERS = [
     ),
     *(_weights("encoder", suffix, encoder_state, encoder_weights) for suffix in (".safetensors", ".pth")),
     *(_weights("teacher", suffix, teacher_state, teacher_weights) for suffix in (".safetensors", ".pth")),
-    _weights("feature source", ".pth", source_state, feature_source),
     _reader("teacher weights with their hash", make_sealed_teacher, teacher_weights, "safetensors"),
     _reader("hash beside weights", make_neighbour, lambda path: teacher_weights(path.with_suffix("")), "lines"),
     _reader("feature cache", partial(make_cache, features_of), lambda path: features_of(path.parents[1]), "array"),
