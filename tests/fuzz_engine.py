@@ -222,7 +222,8 @@ def fuzz(
         )
     verdicts: list[Verdict] = []
     try:
-        reader.check(reader.read(space.other), original)
+        if not reader.sealed:
+            reader.check(reader.read(space.other), original)
     except AssertionError as error:
         fault = Verdict(-1, "none, the other valid file", "silent wrong result", f"{type(error).__name__}: {error}")
         return Summary(reader.name, [fault], time.monotonic() - began)

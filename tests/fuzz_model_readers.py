@@ -21,6 +21,7 @@ from common.errors import NumericError, UserError
 from datasets.records import ImageDataset, Record
 from models.build import RANDOM_TINY_ENCODER
 from models.detector import Detector
+from models.efficientad import EfficientAD
 from models.encoder import load_encoder_weights, read_weights_file, state_sha256
 from models.patch_description import TEACHER_CHANNELS, PatchDescriptionNetwork
 from models.teacher import build_teacher
@@ -197,22 +198,27 @@ def resume_distillation(path: Path) -> dict:
 
 
 def make_packed(host: str, folder: Path, variant: int) -> Path:
+    options, content = PackingOptions(*PRECISIONS[host]), content_for(host, variant)
+    packed = packed_copy(detector_for(host, variant), options)
     path = folder / "model.binaryad"
-    content, detector = content_for(host, variant), detector_for(host, variant)
-    options = PackingOptions(*PRECISIONS[host])
-    about = describe(packed_copy(detector, options), content, DECISION, transform_of(content))
-    path.write_bytes(packed_bytes(packed_copy(detector, options), options, about))
+    path.write_bytes(packed_bytes(packed, options, describe(packed, content, DECISION, transform_of(content))))
     return path
 
 
+@cache
+def quantized() -> EfficientAD:
+    """A RAAD of several numbers of bits."""
+    return detector_of((8, 4, 2, 8))
+
+
 def make_quantized(folder: Path, variant: int) -> Path:
-    """A quantized RAAD; its file gets what the trained model would add."""
-    path, _ = write_quantized(detector_of((8, 4, 2, 8) if variant == 0 else (3, 7, 5, 2)), folder)
+    """A quantized RAAD; its file gets what the trained model would add, and in the second variant another threshold."""
+    path, _ = write_quantized(quantized(), folder)
     content = content_for("RAAD")
 
     def complete(header: dict, entry: dict) -> None:
         entry["preprocessing"], entry["protocol"] = transform_of(content), content["protocol"]
-        entry["decision"] = DECISION
+        entry["decision"] = {**DECISION, "threshold": 0.5 + variant}
 
     path.write_bytes(rewritten(path.read_bytes(), complete))
     return path

@@ -14,7 +14,6 @@ from pathlib import Path
 from types import ModuleType
 
 import numpy as np
-import torch
 import yaml
 from PIL import ExifTags, Image
 
@@ -112,16 +111,16 @@ def resumed(path: Path) -> dict[str, object]:
     copied = run_of(path).parent / "copy"
     shutil.rmtree(copied, ignore_errors=True)
     folder = RunFolder(Path(shutil.copytree(run_of(path), copied)))
-    folder.claim(settings_of_run(copied).config, IDENTITY_KEYS, {"encoder_sha256": "e"}, overwrite=False)
+    folder.claim(settings_of_run().config, IDENTITY_KEYS, {"encoder_sha256": "e"}, overwrite=False)
     known = {"rows": folder.rows(), "errors": folder.pixel_errors(), "failures": folder.failures()}
-    folder.write_environment("hub", torch.device("cpu"), 0, ITEMS, {})
     MetricsLog(copied / "metrics.jsonl", "bottle").truncate(20)
     folder.add_row("capsule", row(0.25), ITEMS, 0.001)
     written = {name: text_of(copied / name) for name in ("metrics.jsonl", "results.csv", "pixel_errors.csv")}
-    return {**known, **written, "items": folder.environment()["items"]}
+    return {**known, **written, "items": folder.environment().get("items", [])}
 
 
-def settings_of_run(root: Path) -> Settings:
+@cache
+def settings_of_run() -> Settings:
     """The command that made the run."""
     start = [
         "--dataset",
@@ -381,7 +380,7 @@ def _of_run(name: str, purpose: str, read: Callable[[Path], object], **others) -
 READERS = [
     *(_of_run(name, "reported", reported, check=has_no_garbage) for name in REPORTED),
     *(_of_run(name, "described", described, check=has_no_garbage) for name in DESCRIBED),
-    *(_of_run(name, "resumed", resumed, check=has_fractions, names=("/copy'",), programs=("git",)) for name in RESUMED),
+    *(_of_run(name, "resumed", resumed, check=has_fractions, names=("/copy'",)) for name in RESUMED),
     Reader("settings of --config", make_config, configured, "yaml", check=is_a_command, names=("--",)),
     Reader("published results", make_published, read_published, "csv", check=has_percents),
     Reader("list of images", make_list, listed, "lines", check=stay_below_the_output, may_leave=True),
