@@ -122,19 +122,8 @@ def resumed(path: Path) -> dict[str, object]:
 @cache
 def settings_of_run() -> Settings:
     """The command that made the run."""
-    start = [
-        "--dataset",
-        "MVTec-AD",
-        "--data_path",
-        "data",
-        "--clb_stage",
-        "0",
-        "--total_iters",
-        "100",
-        "--save_dir",
-        str(root),
-    ]
-    return settings_of(parse(base_parser("", INP_FORMER, ["single"]), start))
+    flags = ["--dataset", "MVTec-AD", "--data_path", "data", "--clb_stage", "0", "--total_iters", "100"]
+    return settings_of(parse(base_parser("", INP_FORMER, ["single"]), flags))
 
 
 def has_no_garbage(value: dict[str, str], original: dict[str, str]) -> None:
