@@ -90,16 +90,21 @@ def noise(host: str, count: int = 2) -> torch.Tensor:
     return torch.randn(count, 3, side, side, generator=torch.Generator().manual_seed(count))
 
 
-def detector_for(host: str, variant: int = 0) -> Detector:
-    """A fresh detector in the form of its stage, its values as a training might leave them."""
+def fresh(host: str, variant: int = 0) -> Detector:
+    """A detector in the form of its stage."""
     torch.manual_seed(variant)
     settings = settings_for(host)
     detector = HOSTS[host].build(encoder_for(host), settings.config)
     HOSTS[host].convert(detector, MODELS[host][0], settings.config, {})
+    return detector
+
+
+def detector_for(host: str, variant: int = 0) -> Detector:
+    """The same with values as a training might leave them."""
+    detector = fresh(host, variant)
     if any(isinstance(module, BinaryLinear) for module in detector.modules()):
         calibrate(detector, noise(host))
-    if host == "RAAD":
-        detector.prepare(lambda: [noise(host)])
+    detector.prepare(lambda: [noise(host)])
     detector.calibrate([noise(host)])
     return detector.eval()
 
@@ -138,26 +143,25 @@ def export(path: Path) -> bytes:
     return output.read_bytes()
 
 
-def train(host: str, folder: Path, variant: int, iterations: int) -> Detector:
-    """Train up to a number of iterations out of two on four images, going on from a last.pth."""
+def train(host: str, detector: Detector, folder: Path, iterations: int) -> dict:
+    """Train up to a number of iterations out of two on four images, going on from a last.pth; returns what was trained."""
     settings = settings_for(host)
-    detector = detector_for(host, variant).train()
-    HOSTS[host].prepare_training(detector, settings.config)
+    HOSTS[host].prepare_training(detector.train(), settings.config)
     images = [{"image": image, "path": f"{number}.png"} for number, image in enumerate(noise(host, 4))]
     identity = {**expected_of(host), "image_count": 4, "total_iterations": 2, "features": "not cached"}
     options = replace(settings.training_for("bottle", 4), total_iterations=iterations)
     fit(detector, images, options, folder, identity, MetricsLog(folder / "metrics.jsonl", "bottle"), resume=True)
-    return detector
+    return {"state": dict(detector.trained_state())}
 
 
 def make_last(host: str, folder: Path, variant: int) -> Path:
-    train(host, folder, variant, 1)
+    train(host, detector_for(host, variant), folder, 1)
     return folder / "last.pth"
 
 
 def resume(host: str, path: Path) -> dict:
     """As a training that goes on from its last.pth does."""
-    return {"state": dict(train(host, path.parent, 0, 2).trained_state())}
+    return train(host, fresh(host), path.parent, 2)
 
 
 class Source(torch.nn.Module):

@@ -43,7 +43,7 @@ MUTATIONS = {
     "csv": _mutations(csv_cells, csv_cells, csv_text, repeat=4),
     "lines": _mutations(line_words, repeat=8),
     "torch": _mutations(zip_entry, zip_entries, pickle_attack, torch_tree, torch_tree),
-    "checkpoint": _mutations(zip_entry, zip_entries, pickle_attack, torch_tree, forged=checkpoint_forged),
+    "checkpoint": _mutations(zip_entry, zip_entries, pickle_attack, torch_tree, forged=checkpoint_forged, repeat=2),
     "safetensors": _mutations(header_tree, header_length, tensor_bytes),
     "packed": _mutations(header_tree, header_length, tensor_bytes, forged=packed_forged),
     "array": _mutations(array_header, repeat=6),
