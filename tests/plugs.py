@@ -51,6 +51,8 @@ def _change_maps(change: Callable[[torch.Tensor], torch.Tensor]) -> None:
         kinds += kind.__subclasses__()
         if kind is not Detector and "anomaly_map" in vars(kind):
             kind.anomaly_map = wrapped(kind.anomaly_map)
+
+
 def keep_training_state() -> None:
     """A finished training leaves its last.pth, as one that ends before its last evaluation does."""
     unlink = Path.unlink
