@@ -10,7 +10,7 @@ import json
 import math
 import os
 import stat
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 import yaml
 
 from common.errors import UserError
+from common.schema import Check
 
 LARGEST_TEXT = 200_000_000  # bytes; the largest published index of a data set has a few million
 LARGEST_YAML = 200_000  # bytes; settings have a few thousand, and the parser needs seconds for a megabyte
@@ -44,6 +45,14 @@ class Source:
     def damaged(self, reason: str, place: str = "", problem: str = "damaged") -> DamagedFile:
         """The error to raise: `<what> damaged: <place of> '<path>' <reason>; <advice>`."""
         return DamagedFile(f"{self.what} {problem}: {place}{str(self.path)!r} {reason}; {self.advice}")
+
+    def checked(self, content: Any, check: Check) -> Any:
+        """`content` if it passes a check of `common.schema`; raises DamagedFile with what differs."""
+        try:
+            check(content, "")
+        except ValueError as error:
+            raise self.damaged(f"is another than it was written: {error}") from error
+        return content
 
 
 def brief(error: Exception) -> str:
@@ -129,43 +138,6 @@ def read_yaml(source: Source) -> dict[str, Any]:
     return content
 
 
-Check = Callable[[object], bool]
-
-
-def is_text(value: object) -> bool:
-    """Text of any kind."""
-    return isinstance(value, str)
-
-
-def is_texts(value: object) -> bool:
-    """A list of texts, perhaps empty."""
-    return isinstance(value, list) and all(map(is_text, value))
-
-
-def is_count(value: object) -> bool:
-    """A whole number from 0 to what 64 bits hold."""
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
-
-
-def is_number(value: object) -> bool:
-    """A number, finite also once it is multiplied."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
-
-
-def check_fields(
-    source: Source, content: object, required: Mapping[str, Check], optional: Mapping[str, Check] | None = None
-) -> dict:
-    """`content` if it is an object with these fields, each of which passes its check; raises DamagedFile naming the first."""
-    if not isinstance(content, dict):
-        raise source.damaged(f"has {content!r:.50} where {' '.join(required)} should be")
-    for name, check in {**(optional or {}), **required}.items():
-        if name not in content and name in required:
-            raise source.damaged(f"has no {name!r}")
-        if name in content and not check(content[name]):
-            raise source.damaged(f"has an unusable {name!r}: {content[name]!r:.50}")
-    return content
-
-
 @dataclass(frozen=True)
 class Line:
     """One row of a table: where it ends in the file (from 1, the header is 1), and its cells by column."""
@@ -184,7 +156,7 @@ class Line:
             value = float(self.cells[column])
         except ValueError:
             value = math.nan
-        if not is_number(value):
+        if not abs(value) < 1e300:  # finite also once it is multiplied
             raise source.damaged(f"has the {column} {self.cells[column]!r:.50}", self.place)
         return value
 

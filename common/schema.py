@@ -14,7 +14,8 @@ _LONGEST = 60  # characters of a value in a message
 def expected(name: str, wanted: str, value: object) -> ValueError:
     """The error of a value that is another than wanted."""
     found = repr(value)
-    return ValueError(f"{name} should be {wanted}, found {found if len(found) <= _LONGEST else found[:_LONGEST] + '...'}")
+    found = found if len(found) <= _LONGEST else f"{found[:_LONGEST]}..."
+    return ValueError(f"{name or 'all of it'} should be {wanted}, found {found}")
 
 
 def whole(low: int, high: int) -> Check:
@@ -78,6 +79,10 @@ def mapping(value: object, name: str) -> None:
     """Any mapping from text."""
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
         raise expected(name, "a mapping from names", value)
+
+
+count = whole(0, 2**63 - 1)  # what 64 bits hold
+number = real(-1e300, 1e300)  # finite also once it is multiplied
 
 
 def optional(check: Check) -> Check:

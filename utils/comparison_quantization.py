@@ -3,7 +3,8 @@
 import statistics
 from pathlib import Path
 
-from common.readers import Source, check_fields, is_number, read_json
+from common import schema
+from common.readers import Source, read_json
 from utils.comparison import Section
 from utils.run_results import training_folder
 
@@ -32,5 +33,5 @@ def _sizes(folder: Path) -> list[dict]:
 
 def _size(path: Path) -> dict:
     source = Source(path, "record of the quantization", "remove it, or train again")
-    content = check_fields(source, read_json(source), {"size": lambda size: isinstance(size, dict)})
-    return check_fields(source, content["size"], dict.fromkeys(_SIZES, is_number))
+    sizes = schema.fields(dict.fromkeys(_SIZES, schema.number), unknown=True)
+    return source.checked(read_json(source), schema.fields({"size": sizes}, unknown=True))["size"]

@@ -6,9 +6,9 @@ from dataclasses import fields
 from functools import cache
 
 from common import schema
-from common.errors import UserError
 from common.schema import Check
 from utils.arguments import base_parser
+from utils.flag_checks import check_of
 from utils.host import BINARY_KEYS, Host
 from utils.hosts import HOSTS
 from utils.protocol import EvaluationOptions
@@ -64,28 +64,6 @@ def _actions(host: str) -> dict[str, argparse.Action]:
 
 
 def _check_of(action: argparse.Action) -> Check:
-    """The rule of a flag, for a value that was parsed and stored."""
-    if action.nargs == 0:
-        check = schema.one_of(False, True)
-    elif action.choices is not None:
-        check = schema.one_of(*action.choices)
-    else:
-        check = _converted_by(action)
+    check = check_of(action, _LARGEST_NUMBER)
     check = schema.sequence_of(check, 1) if action.nargs == "+" else check
     return schema.optional(check) if action.default is None else check
-
-
-def _converted_by(action: argparse.Action) -> Check:
-    def check(value: object, name: str) -> None:
-        if isinstance(value, bool) or not isinstance(value, int | float | str):
-            raise schema.expected(name, "a number or text", value)
-        if isinstance(value, float):
-            schema.real()(value, name)
-        try:
-            fits = action.type is None or action.type(str(value)) == value
-        except (argparse.ArgumentTypeError, ValueError, UserError) as error:
-            raise schema.expected(name, f"what --{action.dest} takes", value) from error
-        if not fits or (isinstance(value, int) and value > _LARGEST_NUMBER):
-            raise schema.expected(name, f"what --{action.dest} takes", value)
-
-    return check

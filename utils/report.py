@@ -9,7 +9,8 @@ from dataclasses import asdict, fields
 from pathlib import Path
 
 from binarize.cost import Cost
-from common.readers import DamagedFile, Source, check_fields, is_count, read_bytes, read_json
+from common import schema
+from common.readers import DamagedFile, Source, read_bytes, read_json
 from utils.checkpoint import write_text
 from utils.hosts import described_network, stage_of
 from utils.metrics import column_names
@@ -75,11 +76,8 @@ def read_cost(path: Path) -> dict[str, Cost] | None:
     if not path.is_file():
         return None
     source = Source(path, "cost", "remove it and run --phase test")
-    content = read_json(source)
-    counts = dict.fromkeys((field.name for field in fields(Cost)), is_count)
-    for part, counted in content.items():
-        if not set(check_fields(source, counted, {"parameters": is_count}, counts)) <= counts.keys():
-            raise source.damaged(f"has unknown counts of {part!r}")
+    counts = dict.fromkeys((field.name for field in fields(Cost)), schema.count)
+    content = source.checked(read_json(source), schema.mapping_to(schema.fields({"parameters": schema.count}, counts)))
     table = {part: Cost(**counted) for part, counted in content.items()}
     for scope in SCOPES:
         if scope not in table or table[scope].bits <= 0 or not table[scope].macs:

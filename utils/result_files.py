@@ -11,8 +11,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO
 
+from common import schema
 from common.errors import ResourceError
-from common.readers import Line, Source, is_count, is_number, is_text, parse_json, read_bytes, read_table
+from common.readers import Line, Source, parse_json, read_bytes, read_table
 from datasets.listing import leaves_folder
 from datasets.records import Record
 from utils.checkpoint import explain_write_error, write_text
@@ -26,6 +27,8 @@ _FRACTION = re.compile(r"0\.\d{4}|1\.0000")
 _MEAN = "Mean"
 _SECONDS_BETWEEN_TABLES = 10
 _SCORE_COLUMNS = ("path", "item", "label", "score")
+_ANY_LINE = schema.fields({"item": schema.text, "kind": schema.text}, unknown=True)  # of metrics.jsonl
+_TRAINING_LINE = schema.fields({"iteration": schema.count, "loss": schema.number}, unknown=True)
 _AGAIN = "remove it and run --phase test"
 
 
@@ -252,10 +255,9 @@ def read_metrics(path: Path) -> list[dict]:
 def _metrics_line(text: bytes) -> dict | None:
     try:
         line = parse_json(text)
+        _ANY_LINE(line, "")
+        if line["kind"] == "training":
+            _TRAINING_LINE(line, "")
     except ValueError:
-        return None
-    if not isinstance(line, dict) or not (is_text(line.get("item")) and is_text(line.get("kind"))):
-        return None
-    if line["kind"] == "training" and not (is_count(line.get("iteration")) and is_number(line.get("loss"))):
         return None
     return line

@@ -18,8 +18,9 @@ import timm
 import torch
 import yaml
 
+from common import schema
 from common.errors import UserError
-from common.readers import Check, Source, check_fields, is_count, is_text, is_texts, read_json
+from common.readers import Source, read_json
 from datasets.listing import has_control_characters
 from utils.checkpoint import write_text
 from utils.result_files import (
@@ -43,12 +44,11 @@ _FACTS = {  # of env.json, that a later command must share
     "processes": "number of processes",
     "penalty_images": "penalty images whose names have the sha256",
 }
-_ENVIRONMENT: dict[str, Check] = {  # what is read of it
-    "items": is_texts,
-    "commit": lambda value: value is None or is_text(value),
-    "processes": is_count,
-    **dict.fromkeys(("date", "device", "encoder_source", "encoder_sha256", "model_sha256"), is_text),
-    "penalty_images": lambda value: value is None or is_text(value),
+_ENVIRONMENT = {  # what is read of it
+    "items": schema.sequence_of(schema.text),
+    "processes": schema.count,
+    **dict.fromkeys(("commit", "penalty_images"), schema.optional(schema.text)),
+    **dict.fromkeys(("date", "device", "encoder_source", "encoder_sha256", "model_sha256"), schema.text),
 }
 NOT_A_RUN = ("run.lock", "log.txt", "failures.csv")
 _NAMES_WITHIN = {  # of a run folder
@@ -228,7 +228,7 @@ class RunFolder:
         if not path.is_file():
             return {}
         source = Source(path, "run folder", "remove that file, or choose another --save_name")
-        return check_fields(source, read_json(source), {}, _ENVIRONMENT)
+        return source.checked(read_json(source), schema.fields({}, _ENVIRONMENT, unknown=True))
 
     def rows(self) -> dict[str, Row]:
         """Rows of `results.csv` by category, without the mean."""

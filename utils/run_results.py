@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from binarize.cost import Cost
+from common import schema
 from common.errors import UserError
-from common.readers import Source, check_fields, is_number, is_text, is_texts, read_json
+from common.readers import Source, read_json
 from datasets.catalog import LAYOUTS
 from utils.hosts import described_network
 from utils.protocol import EvaluationOptions
@@ -159,8 +160,9 @@ def _timing(path: Path) -> dict | None:
     if not path.is_file():
         return None
     source = Source(path, "timing", "remove it and run scripts.report --measure")
-    checks = {"milliseconds": is_number, "engine": is_text, "machine": is_texts, "date": is_text}
-    return check_fields(source, read_json(source), checks)
+    machine = schema.sequence_of(schema.text)
+    checks = {"milliseconds": schema.number, "engine": schema.text, "machine": machine, "date": schema.text}
+    return source.checked(read_json(source), schema.fields(checks, unknown=True))
 
 
 def training_folder(folder: Path) -> Path:

@@ -4,9 +4,11 @@ import argparse
 from functools import cache
 from pathlib import Path
 
+from common import schema
 from common.readers import Source, read_yaml
 from datasets.catalog import ListingOptions
 from utils.arguments import base_parser, parse
+from utils.flag_checks import check_of
 from utils.hosts import HOSTS, INP_FORMER
 
 EARLIER_DEFAULTS = {  # of flags that runs from before do not name
@@ -73,20 +75,11 @@ def _fits(action: argparse.Action, value: object, may_be_none: bool) -> bool:
     """Whether a flag can have had this value."""
     if value is None:
         return may_be_none or action.default is None
-    if action.nargs == 0:
-        return isinstance(value, bool)
+    check = schema.text if action.dest in _ANY_TEXT else check_of(action)
     if action.nargs == "+" and isinstance(value, list):
-        return bool(value) and all(_fits_once(action, each) for each in value)
-    return _fits_once(action, value)
-
-
-def _fits_once(action: argparse.Action, value: object) -> bool:
-    if action.dest in _ANY_TEXT:
-        return isinstance(value, str)
+        check = schema.sequence_of(check, 1)
     try:
-        converted = (action.type or str)(str(value))
-    except (ValueError, TypeError, argparse.ArgumentTypeError):
+        check(value, action.dest)
+    except ValueError:
         return False
-    kinds = (int, float) if isinstance(converted, float) else type(converted)
-    right_kind = isinstance(value, kinds) and not isinstance(value, bool)
-    return right_kind and (action.choices is None or converted in action.choices)
+    return True
