@@ -133,19 +133,22 @@ def test_another_library_in_its_place_is_never_loaded(compiler, source, tmp_path
     assert marker.exists()  # so it would have been made
 
 
-@pytest.mark.parametrize("kind", ["pipe", "link to nothing", "link to another file"])
+@pytest.mark.parametrize("kind", ["pipe", "pipe that is open", "link to nothing", "link to another file"])
 def test_what_is_no_plain_file_is_replaced(compiler, source, tmp_path, kind):
     cache, elsewhere = tmp_path / "cache", tmp_path / "elsewhere"
     warnings_of(start(source, cache))
     library = library_in(cache)
     library.unlink()
-    if kind == "pipe":
+    if kind.startswith("pipe"):
         os.mkfifo(library)
+        writer = os.open(library, os.O_RDWR) if kind == "pipe that is open" else None
     else:
         library.symlink_to(elsewhere)
     if kind == "link to another file":
         elsewhere.write_bytes(b"precious")
     assert (REPLACED in warnings_of(start(source, cache))) == (kind != "link to nothing")
+    if kind == "pipe that is open":
+        os.close(writer)
     assert library.is_file()
     assert not library.is_symlink()
     assert elsewhere.exists() == (kind == "link to another file")
