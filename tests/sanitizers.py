@@ -54,7 +54,7 @@ class Sanitizer:
         """Run the cases of some libraries in a process that is watched."""
         command = [sys.executable, "-m", "tests.sanitizers", *flags]
         command += [word for name, path in libraries.items() for word in ("--library", f"{name}={path}")]
-        environment = {**os.environ, "LD_PRELOAD": self.runtime, "ASAN_OPTIONS": "detect_leaks=0"}
+        environment = {**os.environ, "LD_PRELOAD": self.runtime, "ASAN_OPTIONS": "detect_leaks=0", "OMP_WAIT_POLICY": "passive"}
         return subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
 
 

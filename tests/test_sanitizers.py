@@ -15,9 +15,9 @@ MUTANTS = {  # library, file, what is there, what is wrong with it, what the rep
         *("kernels", "path.h", "for (int64_t word = 0; word < product->words; ++word)"),
         *("for (int64_t word = 0; word <= product->words; ++word)", "heap-buffer-overflow"),
     ),
-    "a column written too many": (
-        *("kernels", "int8.h", "for (int64_t j = 0; j < count; ++j) {", "for (int64_t j = 0; j <= count; ++j) {"),
-        "heap-buffer-overflow",
+    "a word of bits written too many": (
+        *("kernels", "path.h", "for (int64_t word = 0; word < words; ++word)"),
+        *("for (int64_t word = 0; word <= words; ++word)", "heap-buffer-overflow"),
     ),
     "a sign shifted as a number": (
         *("kernels", "path.h", "(uint32_t)(values[j] - thresholds[j] >= 0) << j"),
