@@ -11,6 +11,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from common.c_arguments import PLAIN_TENSORS
 from common.errors import UserError
 from models import scan_compiled
 from models.scan_chunked import ChunkedScan
@@ -43,12 +44,14 @@ def selective_scan(
         tensors = tuple(values.float() for values in tensors)
     _check(tensors)
     chosen = _chosen(backend, inputs.device, tensors[0].dtype, state_matrix.shape[-1])
+    if chosen == "compiled" and backend == "auto" and not all(type(values) in PLAIN_TENSORS for values in tensors):
+        chosen = "torch"
     keep = torch.is_grad_enabled() and any(values.requires_grad for values in tensors)
     with torch.autocast(inputs.device.type, enabled=False):
         if chosen == "mamba_ssm":
             return _mamba_ssm_scan(*tensors)
         if chosen == "compiled":
-            return CompiledScan.apply(keep, *(values.contiguous() for values in tensors))
+            return CompiledScan.apply(keep, *tensors)
         return ChunkedScan.apply(keep, *tensors)
 
 

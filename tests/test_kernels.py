@@ -3,7 +3,6 @@
 import ctypes
 import logging
 import os
-import platform
 import re
 import stat
 import subprocess
@@ -57,7 +56,6 @@ FEWER_SIZES = {  # the operators' own part is small, and plain torch is slow
     "SOFTMAX_TOKENS": (1, 17, 100),
 }
 UNOPTIMISED = ["-O0"]  # compiles ten times faster
-SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g", "-O1"]
 
 
 @pytest.fixture(scope="module")
@@ -629,33 +627,3 @@ out=; for word; do [ "$out" = next ] && out=$word; [ "$word" = -o ] && out=next;
     path = compile_library(wrapped, tmp_path / "cache")
     before = path.stat().st_ino
     assert compile_library(wrapped, tmp_path / "cache").stat().st_ino == before
-
-
-def sanitizer_runtime(compiler: str) -> tuple[str | None, list[str]]:
-    """The address sanitizer's library, which must be loaded before the process starts, and the flags that make it one."""
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
-    name, flags = "libasan.so", []
-    if "clang" in version:
-        name, flags = f"libclang_rt.asan-{platform.machine()}.so", ["-shared-libasan"]
-    found = subprocess.run([compiler, f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
-    path = Path(found)
-    return found if path.is_file() and path.read_bytes()[:4] == b"\x7fELF" else None, flags
-
-
-def test_sanitizers_find_nothing(compiler, tmp_path):
-    runtime, flags = sanitizer_runtime(compiler)
-    if runtime is None:
-        pytest.skip("the compiler has no address sanitizer")
-    try:
-        path = compile_library(compiler, tmp_path, ["-fopenmp", *SANITIZERS, *flags])
-    except CompilationError:  # as for users, threads are used where they can be
-        path = compile_library(compiler, tmp_path, [*SANITIZERS, *flags])
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.kernel_cases", str(path)],
-        cwd=REPOSITORY,
-        env={**os.environ, "LD_PRELOAD": runtime, "ASAN_OPTIONS": "detect_leaks=0"},
-        capture_output=True,
-        text=True,
-    )
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "cases hold on" in done.stdout

@@ -6,10 +6,9 @@ They give what the operators of `operations` give one after the other, to the la
 import torch
 from torch import Tensor
 
-from binarize.kernels import operations, oracle
+from binarize.kernels import operations
+from binarize.kernels.argument_types import PANEL, SIGNATURES
 from binarize.kernels.engine import for_c, refuse
-
-_PANEL = 32
 
 
 @torch.library.custom_op("binaryad::project_and_attend", mutates_args=())
@@ -20,20 +19,18 @@ def project_and_attend(
 
     `threshold` is (C,), `scale` and `bias` are (3C,), `panels` those of C inputs and 3C outputs.
     """
-    width = len(threshold)
-    fits = threshold.ndim == 1 and min(tokens, heads, width) >= 1
-    if not fits or len(bits) % tokens or width % heads or len(scale) != 3 * width:
-        refuse(f"bits, scale and threshold are not for {tokens} tokens and {heads} heads", bits, scale, threshold)
-    operations.check_product(bits, panels, width, scale, bias)
-    d, c = width // heads, for_c(scale)
-    if c is None or width > operations.MOST_CHANNELS or d % _PANEL:
+    uneven = min(tokens, heads) < 1 or (bits.ndim and len(bits) % tokens) or (threshold.ndim and len(threshold) % heads)
+    if uneven:
+        refuse(f"project_and_attend: bits and threshold are not for {tokens} tokens and {heads} heads", bits, threshold)
+    sizes = SIGNATURES["project_and_attend"].check(bits, panels, scale, bias, threshold, tokens=tokens, heads=heads)
+    images, width, d = sizes["images"], sizes["channels"], sizes["head width"]
+    c = for_c(scale)
+    if c is None or width > operations.MOST_CHANNELS or d % PANEL:
         projected = operations.linear(bits, panels, width, scale, bias, None)
         return operations.linear_attention(projected, tokens, heads, threshold)
-    images = len(bits) // tokens
     summaries = scale.new_empty(images * heads * (d + 1) * d)
     out = torch.empty_like(bits, memory_format=torch.contiguous_format)
-    sizes = (images, tokens, heads, d)
-    c.call("project_and_attend", bits, panels, scale, bias, *sizes, summaries, threshold, out)
+    c.call("project_and_attend", bits, panels, scale, bias, images, tokens, heads, d, summaries, threshold, out)
     return out
 
 
@@ -60,15 +57,9 @@ def project_and_transform(
         fc1: panels, low and span of a folded layer, see `operations.linear_to_bits`.
     """
     if any(len(operands) != 3 for operands in (proj, norm, fc1, fc2)):
-        refuse("proj, norm, fc1 and fc2 must be three tensors each", bits)
-    width, hidden = len(proj[1]), len(fc1[1])
-    operations.check_product(bits, proj[0], width, *proj[1:])
-    operations.check_product(bits, fc1[0], width, *fc1[1:])
-    operations.check_product(bits.new_empty(0, oracle.words_of(hidden)), fc2[0], hidden, *fc2[1:])
-    if min(width, hidden) < 1 or any(values.shape != (width,) for values in (*norm, fc2[1])):
-        refuse(f"norm, hidden layer and output are not for {width} channels", *norm, fc1[1], fc2[1])
-    if residual is not None and residual.shape != (len(bits), width):
-        refuse(f"residual is not for {len(bits)} rows and {width} channels", residual)
+        refuse("project_and_transform: proj, norm, fc1 and fc2 must be three tensors each", bits)
+    sizes = SIGNATURES["project_and_transform"].check(bits, *proj, residual, *norm, *fc1, *fc2)
+    width, hidden = sizes["channels"], sizes["hidden"]
     c = for_c(proj[1]) and for_c(fc1[1])
     if c is None:
         x = operations.linear(bits, proj[0], width, *proj[1:], residual)
@@ -76,8 +67,8 @@ def project_and_transform(
         return operations.linear(operations.linear_to_bits(normal, fc1[0], width, *fc1[1:]), fc2[0], hidden, *fc2[1:], x)
     out = proj[1].new_empty(len(bits), width)
     residual = None if residual is None else residual.float()
-    sizes = (len(bits), width, hidden)
-    c.call("project_and_transform", bits, *sizes, *proj, residual, *norm[:2], float(eps), norm[2], *fc1, *fc2, out)
+    rest = (*proj, residual, *norm[:2], float(eps), norm[2], *fc1, *fc2)
+    c.call("project_and_transform", bits, len(bits), width, hidden, *rest, out)
     return out
 
 

@@ -71,10 +71,8 @@ def refuse(what: str, *tensors: Tensor | None) -> NoReturn:
     raise ValueError(f"{what}: {', '.join(str(tensor if tensor is None else tuple(tensor.shape)) for tensor in tensors)}")
 
 
-def are_rows(rows: Tensor, per_row: Tensor | None, *per_column: Tensor | None) -> bool:
-    """Whether `rows` is (rows, n), and the others are absent or (rows,) and (n,)."""
-    return (
-        rows.ndim == 2
-        and (per_row is None or per_row.shape == rows.shape[:1])
-        and all(values is None or values.shape == rows.shape[1:] for values in per_column)
-    )
+def refuse_uneven(operator: str, rows: Tensor, tokens: int, heads: int) -> None:
+    """Raise ValueError unless `rows` are whole images of `tokens`, and queries, keys and values of so many heads."""
+    whole = rows.ndim == 2 and min(tokens, heads) >= 1 and not len(rows) % tokens and not rows.shape[1] % (3 * heads)
+    if not whole:
+        refuse(f"{operator}: rows are not queries, keys and values for {tokens} tokens and {heads} heads", rows)

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from binarize.kernels import oracle
-from binarize.kernels.engine import are_rows, for_c, refuse
+from binarize.kernels.argument_types import SIGNATURES
+from binarize.kernels.engine import for_c, refuse_uneven
 
 
 def _quantized_like(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -14,8 +15,7 @@ def _quantized_like(x: Tensor) -> tuple[Tensor, Tensor]:
 @torch.library.custom_op("binaryad::quantize", mutates_args=())
 def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
     """x (rows, n) -> bytes 128 + round(x / scale), and scale = max |x| / 127 of each row."""
-    if x.ndim != 2:
-        refuse("x is not (rows, n)", x)
+    SIGNATURES["quantize"].check(x)
     c = for_c(x)
     if c is None:
         return oracle.quantize(x)
@@ -32,8 +32,7 @@ def _(x: Tensor) -> tuple[Tensor, Tensor]:
 @torch.library.custom_op("binaryad::layer_norm_quantize", mutates_args=())
 def layer_norm_quantize(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """`quantize` of layer_norm(x (rows, n))."""
-    if not are_rows(x, None, weight, bias):
-        refuse("x and norm do not fit", x, weight, bias)
+    SIGNATURES["layer_norm_quantize"].check(x, weight, bias)
     c = for_c(x)
     if c is None:
         return oracle.layer_norm_quantize(x, weight, bias, eps)
@@ -50,8 +49,7 @@ def _(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tens
 @torch.library.custom_op("binaryad::gelu_quantize", mutates_args=())
 def gelu_quantize(sums: Tensor, row_scales: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     """`quantize` of gelu(sums (rows, n) * row_scales (rows) + bias (n))."""
-    if not are_rows(sums, row_scales, bias):
-        refuse("sums, row scales and bias do not fit", sums, row_scales, bias)
+    SIGNATURES["gelu_quantize"].check(sums, row_scales, bias)
     c = for_c(sums)
     if c is None:
         return oracle.gelu_quantize(sums, row_scales, bias)
@@ -68,8 +66,7 @@ def _(sums: Tensor, row_scales: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
 @torch.library.custom_op("binaryad::rescale", mutates_args=())
 def rescale(sums: Tensor, row_scales: Tensor, bias: Tensor, layer_scale: Tensor | None, residual: Tensor | None) -> Tensor:
     """residual (rows, n) + layer_scale (n) (sums (rows, n) * row_scales (rows) + bias (n)); the last two may be absent."""
-    if not are_rows(sums, row_scales, bias, layer_scale) or (residual is not None and residual.shape != sums.shape):
-        refuse("sums, scales, bias and residual do not fit", sums, row_scales, bias, layer_scale, residual)
+    SIGNATURES["rescale"].check(sums, row_scales, bias, layer_scale, residual)
     c = for_c(sums)
     if c is None:
         return oracle.rescale(sums, row_scales, bias, layer_scale, residual)
@@ -89,9 +86,8 @@ def softmax_attention(sums: Tensor, row_scales: Tensor, bias: Tensor, tokens: in
 
     With AVX-512 BF16 the products are bfloat16, the sums float32; elsewhere torch's float32 attention.
     """
-    if not are_rows(sums, row_scales, bias) or min(tokens, heads) < 1 or len(sums) % tokens or sums.shape[1] % (3 * heads):
-        refuse(f"sums, row scales and bias are not for {tokens} tokens and {heads} heads", sums, row_scales, bias)
-    width = sums.shape[1] // 3
+    refuse_uneven("softmax_attention", sums, tokens, heads)
+    width = SIGNATURES["softmax_attention"].check(sums, row_scales, bias)["channels"]
     c = for_c(sums)
     if c is None or not c.has_softmax_attention or width // heads % 32:
         return oracle.softmax_attention(rescale(sums, row_scales, bias, None, None), tokens, heads)
