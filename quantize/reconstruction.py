@@ -16,9 +16,9 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from common.errors import NumericError, UserError
+from common.progress import ProgressBar
 from quantize.blocks import ACTIVATION_EXPONENT, BATCH, SMALLEST_SCALE, Block, GradientLoss, draw_crops, gather, output_distance
 from quantize.layers import QuantizationOptions, QuantizedConvolution, calibrate, quantized_layers, set_quantization
 from quantize.quantizers import AdaptiveRounding
@@ -80,7 +80,7 @@ def _minimise(
     rate_at: Callable[[int], float],
     iterations: int,
     draw: Callable[[], Tensor],
-    bar: tqdm,
+    bar: ProgressBar,
 ) -> None:
     """Adam on a loss of (iteration, which crops); leaves all other gradients alone."""
     optimizer = torch.optim.Adam(parameters)
@@ -109,7 +109,7 @@ def regularisation_at(iteration: int, options: ReconstructionOptions) -> tuple[f
 
 
 def _learn_rounding(
-    layer: QuantizedConvolution, block: Block, options: ReconstructionOptions, draw: Callable[[], Tensor], bar: tqdm
+    layer: QuantizedConvolution, block: Block, options: ReconstructionOptions, draw: Callable[[], Tensor], bar: ProgressBar
 ) -> None:
     """Round the weights so that the layer's output stays; inputs are not quantized yet. They become values of the grid."""
     rounding = AdaptiveRounding(layer.weight_quantizer, layer.weight)
@@ -126,7 +126,7 @@ def _learn_rounding(
 
 
 def _learn_activation_step(
-    layer: QuantizedConvolution, block: Block, options: ReconstructionOptions, draw: Callable[[], Tensor], bar: tqdm
+    layer: QuantizedConvolution, block: Block, options: ReconstructionOptions, draw: Callable[[], Tensor], bar: ProgressBar
 ) -> None:
     """Fit the step of the layer's inputs."""
     step = layer.input_quantizer.log_step
@@ -196,7 +196,7 @@ def reconstruct(
         return torch.randint(len(crops), (options.batch_size,), generator=generator)
 
     total = len(layers) * (options.iterations + options.activation_iterations)
-    with tqdm(total=total, desc=description, unit="it", disable=quiet or None) as bar:
+    with ProgressBar(total=total, desc=description, unit="it", disable=quiet or None) as bar:
         for index, layer in enumerate(layers):
             layer.quantizing = True
             block = gather(network, reference, index, crops, gradient_loss, options.damping)

@@ -37,6 +37,7 @@ from utils.command import run_command
 from utils.converters import number
 from utils.hosts import DINOMALY, HOSTS, INP_FORMER, Host, network_defaults
 from utils.packed_model import PackingOptions, load_packed, packed_bytes
+from utils.parser import tool_parser
 from utils.timing import describe_machine, interleaved_medians
 
 HOST_NAMES = {host.name.lower().replace("-", "_"): host.name for host in (INP_FORMER, DINOMALY)}
@@ -56,7 +57,7 @@ class Variant:
 
 def build_parser() -> argparse.ArgumentParser:
     """The flags of this tool."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = tool_parser(__doc__)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--model", type=Path, metavar="FILE.binaryad", help="beside a float network of its sizes")
     source.add_argument("--random", choices=["small", "base", "large"], help="random weights of dinov2reg_vit_SIZE_14")
@@ -67,8 +68,6 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=number(int, 1), default=1)
     parser.add_argument("--repeats", type=number(int, 1), default=9, help="rounds in which every variant runs once")
     parser.add_argument("--output", type=Path, metavar="FILE.md", help="write the tables there too")
-    parser.add_argument("--quiet", action="store_true", help="warnings only")
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
     return parser
 
 

@@ -26,6 +26,7 @@ from PIL import Image
 from common.errors import ResourceError
 from utils.command import run_command
 from utils.converters import number
+from utils.parser import tool_parser
 
 _REPOSITORY = Path(__file__).resolve().parent.parent
 _SECONDS_BETWEEN_SAMPLES = 0.05
@@ -56,7 +57,7 @@ class Measurement:
 
 def build_parser() -> argparse.ArgumentParser:
     """The flags of this tool."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = tool_parser(__doc__)
     parser.add_argument("--images", nargs="+", type=number(int, 100), default=[2000, 20000], help="training, and as many test")
     parser.add_argument("--variant", nargs="+", choices=list(VARIANTS), default=["binned"])
     parser.add_argument("--num_workers", type=number(int, 0), default=2, help="loader processes")

@@ -14,6 +14,7 @@ import torch
 
 from utils.command import run_command
 from utils.metrics import PRO_LIMIT, pixel_metrics
+from utils.parser import tool_parser
 from utils.tables import format_rows
 
 
@@ -86,7 +87,7 @@ def benchmark(arguments: argparse.Namespace) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = tool_parser(__doc__)
     parser.add_argument("--count", type=int, default=83, help="number of maps")
     parser.add_argument("--side", type=int, default=256, help="pixels")
     parser.add_argument("--runs", type=int, default=3)

@@ -27,6 +27,7 @@ from quantize.reconstruction import ReconstructionOptions
 from utils.command import run_command
 from utils.converters import number
 from utils.onnx_export import check_packages, maps_of, traced
+from utils.parser import tool_parser
 from utils.raad_export import integer_graph
 from utils.raad_quantization import QuantizationPlan, ScoringOptions, quantize_detector
 from utils.tables import format_rows
@@ -116,13 +117,12 @@ def benchmark(arguments: argparse.Namespace) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """The flags of this tool."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = tool_parser(__doc__)
     parser.add_argument("--encoder", choices=list(PDN_ENCODERS), default="pdn_small")
     parser.add_argument("--image_size", type=number(int, 64), default=256, help="a multiple of 32")
     parser.add_argument("--bits", type=number(int, 2, 8), default=4, metavar="N", help="of the layers between the ends")
     parser.add_argument("--threads", type=number(int, 1), default=1)
     parser.add_argument("--repeats", type=number(int, 1), default=9, help="rounds in which every variant runs once")
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
     return parser
 
 

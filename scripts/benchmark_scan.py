@@ -21,6 +21,7 @@ from models import scan_compiled
 from models.selective_scan import describe_backend, selective_scan
 from utils.command import run_command
 from utils.converters import number
+from utils.parser import tool_parser
 from utils.tables import format_rows
 from utils.timing import describe_machine, interleaved_medians
 
@@ -107,7 +108,7 @@ def benchmark(arguments: argparse.Namespace) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """The flags of this tool."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = tool_parser(__doc__)
     parser.add_argument("--length", type=number(int, 1), default=LENGTH, help="tokens")
     parser.add_argument("--channels", type=number(int, 1), default=CHANNELS)
     parser.add_argument("--states", nargs="+", type=number(int, 1), default=[16, 64], help="per channel")

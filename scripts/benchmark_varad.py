@@ -23,6 +23,7 @@ from models.state_space import PRESETS
 from models.varad import VarADOptions
 from utils.command import run_command
 from utils.converters import number
+from utils.parser import tool_parser
 from utils.tables import format_rows
 from utils.timing import describe_machine
 
@@ -89,7 +90,7 @@ def benchmark(arguments: argparse.Namespace) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """The flags of this tool."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = tool_parser(__doc__)
     parser.add_argument("--encoder", choices=list(ENCODERS), default="dinov2_vit_small_14", metavar="NAME")
     parser.add_argument("--image_size", nargs="+", type=number(int, 1), default=[512, 1024, 2048], help="as VarAD.py's")
     parser.add_argument("--preset", nargs="+", choices=list(PRESETS), default=list(PRESETS))

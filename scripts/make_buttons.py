@@ -20,15 +20,16 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from common.errors import UserError
+from common.progress import ProgressBar
 from datasets.button_defects import DEFECTS, with_defect
 from datasets.buttons import KINDS, button
 from utils.checkpoint import atomic_write
 from utils.command import run_command
 from utils.converters import number
 from utils.loading import default_worker_count
+from utils.parser import tool_parser
 
 logger = logging.getLogger(__name__)
 
@@ -98,7 +99,7 @@ def make(arguments: argparse.Namespace) -> int:
     pictures = planned(output, arguments.classes, counts, arguments.seed)
     with ThreadPool(default_worker_count()) as threads:
         drawn = threads.imap_unordered(partial(draw, side=arguments.image_size), pictures)
-        for _ in tqdm(drawn, total=len(pictures), desc="buttons", unit="image", disable=None):
+        for _ in ProgressBar(drawn, total=len(pictures), desc="buttons", unit="image", disable=None):
             pass
     logger.info("%d pictures of %d classes: %s; read them with --dataset Folder", len(pictures), arguments.classes, output)
     return 0
@@ -106,7 +107,7 @@ def make(arguments: argparse.Namespace) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = tool_parser(__doc__)
     parser.add_argument("--output", type=Path, required=True, help="a new or an empty folder")
     parser.add_argument("--image_size", type=number(int, 64, 2048), default=1024, help="side in pixels; default: 1024")
     parser.add_argument("--classes", type=number(int, 1, len(KINDS)), default=len(KINDS), help="the first ones; default: all 4")

@@ -22,16 +22,17 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 from binarize.kernels.engine import describe_path
 from common.errors import ResourceError, UserError
+from common.progress import ProgressBar
 from datasets.images import DEFAULT_MAX_PIXELS
 from utils.checkpoint import atomic_write, explain_write_error, write_text
 from utils.command import run_command
 from utils.converters import number
 from utils.devices import choose_device
 from utils.hosts import HOSTS
+from utils.parser import tool_parser
 from utils.pictures import heat_overlay, sixteen_bit_map, sixteen_bit_range, with_verdict, write_picture
 from utils.prediction import Prediction, Predictor, find_images, rgb_photo
 from utils.result_files import PredictionTable
@@ -162,7 +163,7 @@ def predict(arguments: argparse.Namespace) -> int:
     results = ResultFolder(arguments.output, predictor, arguments.pictures, arguments.maps)
     judging = Judging(predictor, results, arguments.max_pixels)
     try:
-        with tqdm(total=len(images), desc="judging", unit="image", disable=arguments.quiet or None) as bar:
+        with ProgressBar(total=len(images), desc="judging", unit="image", disable=arguments.quiet or None) as bar:
             for start in range(0, len(images), arguments.batch_size):
                 batch = images[start : start + arguments.batch_size]
                 judging.judge(batch)
@@ -194,7 +195,7 @@ def _threshold(text: str) -> float | None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = tool_parser(__doc__)
     parser.add_argument("--model", type=Path, required=True, metavar="FILE.binaryad")
     parser.add_argument("--encoder_weights", metavar="FILE", help="for a model file that only names its encoder")
     parser.add_argument("--input", type=Path, required=True, nargs="+", help="images, folders, or .txt lists of paths")
@@ -215,8 +216,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--batch_size", type=number(int, 1), default=1, help="images at once; more than 1 pays off on a GPU only"
     )
     parser.add_argument("--max_pixels", type=number(int, 1), default=DEFAULT_MAX_PIXELS, help="refuse larger images")
-    parser.add_argument("--quiet", action="store_true", help="warnings and the summary only")
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
     return run_command(parser, argv, predict)
 
 

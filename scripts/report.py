@@ -16,6 +16,7 @@ from utils.comparison_csv import write_csv
 from utils.comparison_page import write_markdown, write_page
 from utils.comparison_tables import cost_table, overview, protocol_lines
 from utils.converters import number
+from utils.parser import tool_parser
 from utils.published import read_published
 from utils.run_timing import measure_runs
 
@@ -43,7 +44,7 @@ def report(arguments: argparse.Namespace) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = tool_parser(__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders; one that does not exist yet is listed as missing")
     parser.add_argument("--root", type=Path, default=Path(), help="folder that the run folders lie in")
     parser.add_argument("--html", type=Path, help="page to write (default: beside --output, else report.html)")
@@ -57,8 +58,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="FILE",
         help="of --measure: if the file that the trainings were given has moved",
     )
-    parser.add_argument("--quiet", action="store_true", help="warnings only")
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
     return run_command(parser, argv, report)
 
 

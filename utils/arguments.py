@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn, get_args
+from typing import get_args
 
 from binarize.stages import STAGES
 from datasets.catalog import LAYOUTS, ListingOptions
@@ -16,16 +16,7 @@ from utils.evaluation_arguments import add_evaluation_flags
 from utils.hosts import Host
 from utils.loading import default_worker_count
 from utils.optim import DEFAULT_WARMUP, OPTIMIZERS, SCHEDULES
-
-
-class OneSentenceParser(argparse.ArgumentParser):
-    """An argparse parser whose errors are one sentence, without the usage before it."""
-
-    config: str | None = None
-
-    def error(self, message: str) -> NoReturn:
-        source = f" (on the command line or in --config {self.config!r})" if self.config else ""
-        self.exit(2, f"error: {message}{source}; see --help\n")
+from utils.parser import OneSentenceParser, add_message_flags
 
 
 def base_parser(doc: str, host: Host, settings: Sequence[str]) -> argparse.ArgumentParser:
@@ -36,7 +27,7 @@ def base_parser(doc: str, host: Host, settings: Sequence[str]) -> argparse.Argum
         host: host network; it brings flags and defaults of its own.
         settings: `single`, `multi` and `few` as far as the script offers them, the default first.
     """
-    parser = OneSentenceParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = OneSentenceParser(doc)
     parser.add_argument("--config", metavar="FILE.yaml", help="defaults by flag name; the command line wins")
     parser.add_argument("--phase", choices=["train", "test"], default="train", help="test: evaluate model.pth, train nothing")
 
@@ -178,8 +169,7 @@ def _add_output_flags(group, host: Host) -> None:
     group.add_argument("--resume", action="store_true", help="skip finished categories, go on from last.pth")
     group.add_argument("--overwrite", action="store_true", help="delete what an earlier run left in this run folder")
     group.add_argument("--save_every", type=number(int, 1), default=500, metavar="ITERATIONS", help="between two last.pth")
-    group.add_argument("--quiet", action="store_true", help="warnings only")
-    group.add_argument("--debug", action="store_true", help="show tracebacks")
+    add_message_flags(group)
 
 
 def add_data_arguments(group) -> None:
@@ -231,7 +221,7 @@ def listing_options(arguments: argparse.Namespace) -> ListingOptions:
 
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line over the defaults of `--config`; argparse ends the process with code 2 on a wrong flag."""
-    first = OneSentenceParser(add_help=False, allow_abbrev=False)
+    first = OneSentenceParser(add_help=False)
     first.add_argument("--config")
     given, rest = first.parse_known_args(argv)
     tokens = config_tokens(parser, Path(given.config)) if given.config else []

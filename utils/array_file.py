@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
 from common.errors import ResourceError
+from common.progress import ProgressBar
 from datasets.records import Record
 from utils.distributed import PeerLost, is_main, mean_over_processes, on_main, rank, world_size
 from utils.loading import loaded_batches
@@ -183,7 +183,7 @@ def loaded_rows(
     """`row(index)` for all indices of a part, computed by loader workers, in batches and in order."""
     with (
         loaded_batches(_Rows(row, part), num_workers, batch_size=batch_size) as batches,
-        tqdm(total=len(part), desc=description, unit="image", disable=None if is_main() else True) as bar,
+        ProgressBar(total=len(part), desc=description, unit="image", disable=None if is_main() else True) as bar,
     ):
         for batch in batches:
             yield batch

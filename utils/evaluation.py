@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
-from tqdm import tqdm
 
 from binarize.stages import mean_gate
 from common.errors import CommandError, NumericError, UserError
+from common.progress import ProgressBar
 from datasets.catalog import Layout
 from models.detector import Detector
 from utils.devices import autocast
@@ -100,7 +100,9 @@ def scored_batches(
     map_of = _scoring_method(detector, options.scoring)
     with loaded_batches(data, num_workers, batch_size=batch_size) as batches:
         quiet = None if is_main() else True
-        for batch in tqdm(batches, total=-(-len(data) // batch_size), desc=f"evaluating {item}", unit="batch", disable=quiet):
+        for batch in ProgressBar(
+            batches, total=-(-len(data) // batch_size), desc=f"evaluating {item}", unit="batch", disable=quiet
+        ):
             with autocast(detector.device, precision):
                 anomaly_map = _map_in_memory(map_of, batch["image"].to(detector.device)).float()
             smoothed = smoothed_map(anomaly_map, options)

@@ -1,15 +1,20 @@
 """Batches from loader processes that neither die with a signal to the whole group nor outlive an error."""
 
 import os
+import re
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from torch.utils.data import DataLoader, Dataset
 
+from common.errors import ResourceError
 from utils.distributed import processes_on_this_machine
 
 _SECONDS_AFTER_SIGTERM = 60
+_LOST_WORKER = re.compile(
+    r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (.*?)(?:\. |\.?$)"
+)  # torch raises a plain RuntimeError
 
 
 @contextmanager
@@ -17,10 +22,21 @@ def loaded_batches(data: Dataset, num_workers: int, **options) -> Iterator[Itera
     """Iterate over a DataLoader and end its workers when the block ends, however it ends.
 
     An error keeps the iterator alive through its traceback; its workers would then hold up the end of the process.
+
+    Raises:
+        ResourceError: a worker ended, as when the system kills it; torch notices anywhere within the block.
     """
     iterator = iter(DataLoader(data, num_workers=num_workers, worker_init_fn=_outlast_signals, **options))
     try:
         yield iterator
+    except RuntimeError as error:
+        lost = _LOST_WORKER.search(" ".join(str(error).split()))
+        if lost is None:
+            raise
+        raise ResourceError(
+            f"loader process {lost[1]} {lost[2]}; if memory or /dev/shm is short, lower --num_workers, with 0 no such process "
+            "is needed; a training goes on with --resume"
+        ) from error
     finally:
         if num_workers:
             iterator._shutdown_workers()

@@ -15,9 +15,9 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 from common.errors import Interrupted, NumericError, UserError
+from common.progress import ProgressBar
 from datasets.images import DEFAULT_MAX_PIXELS
 from models.feature_sources import FeatureSource
 from models.patch_description import TEACHER_CHANNELS, PatchDescriptionNetwork
@@ -136,7 +136,7 @@ class Distillation:
         batches = [draws[start : start + self.options.batch_size] for start in range(0, len(draws), self.options.batch_size)]
         with (
             loaded_batches(self.data, num_workers, batch_sampler=batches) as loaded,
-            tqdm(total=wanted, initial=self.statistics.images, desc="statistics", unit="image", disable=None) as bar,
+            ProgressBar(total=wanted, initial=self.statistics.images, desc="statistics", unit="image", disable=None) as bar,
         ):
             for batch in loaded:
                 self.statistics.add(self.source(batch["large"].to(self.device)))
@@ -150,7 +150,7 @@ class Distillation:
         began, first = time.perf_counter(), self.iteration
         with (
             loaded_batches(self.data, num_workers, batch_sampler=order) as loaded,
-            tqdm(total=iterations, initial=first, desc="distilling", unit="it", disable=None) as bar,
+            ProgressBar(total=iterations, initial=first, desc="distilling", unit="it", disable=None) as bar,
         ):
             for batch in loaded:
                 target = (self.source(batch["large"].to(self.device)) - mean) / std

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils.data import Dataset, Sampler, default_collate
-from tqdm import tqdm
 
 from binarize.stages import attention_gates, parameter_groups
 from common.errors import Interrupted, NumericError, ResourceError, UserError
+from common.progress import ProgressBar
 from models.detector import Detector
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.devices import autocast
@@ -132,7 +132,7 @@ def fit(
     with (
         StopRequest() as stop,
         loaded_batches(data, options.num_workers, batch_sampler=order) as batches,
-        tqdm(total=options.total_iterations, initial=start, unit="it", disable=None if is_main() else True) as bar,
+        ProgressBar(total=options.total_iterations, initial=start, unit="it", disable=None if is_main() else True) as bar,
     ):
         for iteration, batch in enumerate(batches, start):
             rate = _rate(options, iteration)

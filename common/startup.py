@@ -1,0 +1,34 @@
+"""The seconds in which a command imports its libraries: a signal ends it without a traceback.
+
+The packages `utils` and `scripts` call this before they import anything slow, as nothing else runs earlier.
+"""
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+_ROOT = Path(__file__).resolve().parent.parent
+
+
+def prepare_start() -> None:
+    """Let SIGINT and SIGTERM end the process with 130 and 143, and occupy closed standard streams, if this is a command."""
+    if not _is_command():
+        return
+    for number, untouched in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
+        if signal.getsignal(number) == untouched:  # a job in the background inherits "ignore"
+            signal.signal(number, _end_at_once)
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:  # the next file that is opened would get this number, and messages of libraries with it
+            os.open(os.devnull, os.O_RDWR)
+
+
+def _is_command() -> bool:
+    """True if the interpreter was started on an entry script or with `-m scripts...`, not on tests or another program."""
+    return sys.argv[0] == "-m" or Path(sys.argv[0]).resolve().parent == _ROOT
+
+
+def _end_at_once(number: int, frame) -> None:
+    os._exit(128 + number)  # nothing has begun, so there is nothing to tidy up

@@ -1,0 +1,203 @@
+"""Faults of machines and processes that are put into a command before it begins (see `tests.commands`, `plug`)."""
+
+import atexit
+import errno
+import fcntl
+import os
+import pty
+import signal
+import struct
+import sys
+import termios
+import time
+from collections.abc import Callable
+
+import torch
+from torch.utils.data import get_worker_info
+
+import quantize.reconstruction
+import utils.command
+import utils.training
+from datasets.records import ImageDataset
+from models.dinomaly import Dinomaly
+from models.efficientad import EfficientAD
+from models.inp_former import INPFormer
+from models.varad import VarAD
+
+DETECTORS = (INPFormer, Dinomaly, VarAD, EfficientAD)
+
+
+def bug() -> None:
+    """An error that nobody thought of, with a message of several lines."""
+
+    def log_to_terminal(quiet: bool) -> None:
+        raise TypeError("a bug\n  of two lines")
+
+    utils.command.log_to_terminal = log_to_terminal
+
+
+def reader_gone(descriptor: str) -> None:
+    """The process that reads a standard stream has ended, as `| head` does."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    os.dup2(writing, int(descriptor))
+    os.close(writing)
+
+
+def stream_full(descriptor: str) -> None:
+    """A standard stream goes into a file on a full disk."""
+    full = os.open("/dev/full", os.O_WRONLY)
+    os.dup2(full, int(descriptor))
+    os.close(full)
+
+
+def streams_closed() -> None:
+    """Started with `>&- 2>&-`: Python has no stdout and no stderr then."""
+    os.close(1)
+    os.close(2)
+    sys.stdout = sys.__stdout__ = sys.stderr = sys.__stderr__ = None
+
+
+def terminal(columns: str) -> None:
+    """Standard error is a terminal of that width, whose clock goes an hour back whenever it is read."""
+    file = os.dup(2)
+    master, slave = pty.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, int(columns), 0, 0))
+    screen = os.fork()
+    if not screen:
+        os.close(slave)
+        os.dup2(file, 2)
+        while text := _read(master):
+            os.write(file, text)
+        os._exit(0)
+    os.close(master)
+    os.dup2(slave, 2)
+    os.close(slave)
+    now = iter(range(2_000_000_000, 0, -3600))
+    time.time = lambda: float(next(now))
+    sys.modules["tqdm.std"].time = time.time
+
+    def close() -> None:
+        sys.stderr.flush()
+        os.dup2(file, 2)
+        os.waitpid(screen, 0)
+
+    atexit.register(close)
+
+
+def _read(descriptor: int) -> bytes:
+    try:
+        return os.read(descriptor, 4096)
+    except OSError:  # all processes that had the terminal open are gone
+        return b""
+
+
+def loader_dies(folder: str, end: str) -> None:
+    """A loader process that reads an image below a folder ends: by exit code or by a signal's name."""
+    original = ImageDataset.__getitem__
+
+    def read(self, index: int) -> dict:
+        record = original(self, index)
+        if get_worker_info() is not None and f"/{folder}/" in record["path"]:
+            if end.isdecimal():
+                os._exit(int(end))
+            os.kill(os.getpid(), signal.Signals[end])
+        return record
+
+    ImageDataset.__getitem__ = read
+
+
+def _wrap(name: str, change: Callable) -> None:
+    """Put `change(original, self, *arguments)` in the place of a method of every detector."""
+    for detector in DETECTORS:
+        original = getattr(detector, name)
+        setattr(detector, name, lambda *arguments, original=original: change(original, *arguments))
+
+
+def no_device_memory(work: str) -> None:
+    """The device has room for one image in an evaluation, and for none in a training."""
+    method = {"training": "training_loss", "evaluation": "anomaly_map"}[work]
+
+    def limited(original: Callable, self, inputs):
+        if len(inputs) > (work == "evaluation"):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has a capacity of 1.00 GiB")
+        return original(self, inputs)
+
+    _wrap(method, limited)
+
+
+def no_memory() -> None:
+    """The processor's memory does not suffice for a training step."""
+
+    def training_loss(original: Callable, self, inputs):
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:118] err == 0. DefaultCPUAllocator: can't allocate memory: 12")
+
+    _wrap("training_loss", training_loss)
+
+
+def loss_not_finite(iteration: str) -> None:
+    """The loss of that iteration, counted from 0, is NaN."""
+    iterations = iter(range(1_000_000))
+
+    def training_loss(original: Callable, self, inputs):
+        loss, parts = original(self, inputs)
+        return (loss * float("nan") if next(iterations) == int(iteration) else loss), parts
+
+    _wrap("training_loss", training_loss)
+
+
+def two_gpus() -> None:
+    """The machine claims to have two GPUs."""
+    torch.cuda.is_available = lambda: True
+    torch.cuda.device_count = lambda: 2
+
+
+def signal_in(work: str, number: str, name: str, target: str, calls: str = "1") -> None:
+    """A signal arrives in call `number` of some work and in the calls after it, `calls` in all.
+
+    Args:
+        work: training, evaluation, saving or quantization.
+        name: of the signal. target: process or group.
+    """
+    counter = iter(range(1, 1_000_000))
+
+    def announce() -> None:
+        if int(number) <= next(counter) < int(number) + int(calls):
+            (os.killpg if target == "group" else os.kill)(os.getpid(), signal.Signals[name])
+
+    def around(original: Callable, *arguments, **options):
+        announce()
+        return original(*arguments, **options)
+
+    if work == "evaluation":
+        _wrap("anomaly_map", around)
+        return
+    module, function = {
+        "training": (utils.training, "_backward"),
+        "saving": (torch, "save"),
+        "quantization": (quantize.reconstruction, "_minimise"),
+    }[work]
+    original = getattr(module, function)
+    setattr(module, function, lambda *arguments, **options: around(original, *arguments, **options))
+
+
+def disk_full(action: str, name: str) -> None:
+    """No space is left when the file of that name, or its temporary neighbour, is written, synchronised or replaced."""
+    no_space = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def is_meant(path: str) -> bool:
+        file = os.path.basename(path)
+        return file == name or (file.startswith(f".{name}.") and file.endswith(".tmp"))
+
+    def full(original: Callable, path_of: Callable) -> Callable:
+        def act(*arguments, **options):
+            if is_meant(path_of(*arguments)):
+                raise no_space
+            return original(*arguments, **options)
+
+        return act
+
+    if action == "replace":
+        os.replace = full(os.replace, lambda source, target: str(target))
+    elif action == "fsync":
+        os.fsync = full(os.fsync, lambda descriptor: os.readlink(f"/proc/self/fd/{descriptor}"))
