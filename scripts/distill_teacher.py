@@ -32,6 +32,7 @@ from utils.distributed import world_size
 from utils.loading import default_worker_count
 from utils.parser import tool_parser
 from utils.prediction import find_images
+from utils.run_lock import run_lock
 from utils.teacher_distillation import Distillation, state_file
 
 logger = logging.getLogger(__name__)
@@ -41,10 +42,16 @@ _DEFAULTS = DistillationOptions(size="small")
 
 def distill(arguments: argparse.Namespace) -> int:
     """Distil a teacher, or go on where that was stopped."""
-    output, options = arguments.output, _options(arguments)
+    output = arguments.output
     if world_size() > 1:
         raise UserError("a distillation runs in one process; start it without torchrun")
     _check_output(output, arguments.resume)
+    with run_lock(output.parent, "--output", f"{output.name}.lock"):
+        return _distill(arguments, _options(arguments))
+
+
+def _distill(arguments: argparse.Namespace, options: DistillationOptions) -> int:
+    output = arguments.output
     device = choose_device(arguments.device)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)

@@ -36,6 +36,7 @@ from utils.parser import tool_parser
 from utils.pictures import heat_overlay, sixteen_bit_map, sixteen_bit_range, with_verdict, write_picture
 from utils.prediction import Prediction, Predictor, find_images, rgb_photo
 from utils.result_files import PredictionTable
+from utils.run_lock import run_lock
 
 logger = logging.getLogger(__name__)
 
@@ -151,6 +152,11 @@ class Judging:
 
 def predict(arguments: argparse.Namespace) -> int:
     """Judge all images; exit code 1 if any could not be read."""
+    with run_lock(arguments.output, "--output"):
+        return _judge_all(arguments)
+
+
+def _judge_all(arguments: argparse.Namespace) -> int:
     images = list(find_images(arguments.input, arguments.output).items())
     if arguments.threads:
         torch.set_num_threads(arguments.threads)

@@ -2,9 +2,6 @@
 
 import csv
 import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -292,17 +289,6 @@ def test_folder_of_something_else_is_not_used(fails, tmp_path, mvtec):
     (folder / "thesis.txt").write_text("two years of work")
     assert "is no run folder" in fails("--overwrite", data=mvtec)
     assert (folder / "thesis.txt").read_text() == "two years of work"
-
-
-def test_second_process_is_refused_and_a_stale_lock_taken_over(fails, train, tmp_path, mvtec):
-    folder = run_folder(tmp_path)
-    folder.mkdir(parents=True)
-    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
-        (folder / "run.lock").write_text(f"process {other.pid} on {socket.gethostname()}\n")
-        assert f"process {other.pid}" in fails(data=mvtec, code=4)
-        other.communicate(b"\n")
-    assert train(*ITERATIONS, data=mvtec) == 0
-    assert not (folder / "run.lock").exists()
 
 
 def test_output_that_cannot_be_written(fails, tmp_path, mvtec):

@@ -140,13 +140,7 @@ def test_locale_without_umlauts_and_closed_streams(tmp_path):
     """A process of its own, as Python chooses its alphabet before anything of ours runs."""
     data = make_mvtec(tmp_path / "däta", items=("schräube",), good=1, defective=1)
     words = INP_SINGLE.words(tmp_path, data)
-    environment = {
-        **os.environ,
-        "LC_ALL": "C",
-        "PYTHONUTF8": "0",
-        "PYTHONCOERCECLOCALE": "0",
-        "PYTHONIOENCODING": "ascii:strict",
-    }
+    locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "ascii:strict"}
     with subprocess.Popen(
         [sys.executable, *words],
         cwd=REPOSITORY,

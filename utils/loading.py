@@ -12,9 +12,7 @@ from common.errors import ResourceError
 from utils.distributed import processes_on_this_machine
 
 _SECONDS_AFTER_SIGTERM = 60
-_LOST_WORKER = re.compile(
-    r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (.*?)(?:\. |\.?$)"
-)  # torch raises a plain RuntimeError
+_LOST_WORKER = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (.*?)(?:\. |\.?$)")  # a plain RuntimeError of torch
 
 
 @contextmanager
@@ -30,16 +28,22 @@ def loaded_batches(data: Dataset, num_workers: int, **options) -> Iterator[Itera
     try:
         yield iterator
     except RuntimeError as error:
-        lost = _LOST_WORKER.search(" ".join(str(error).split()))
-        if lost is None:
+        lost = [found for found in map(_lost_worker, (error, error.__cause__)) if found]
+        if not lost:
             raise
         raise ResourceError(
-            f"loader process {lost[1]} {lost[2]}; if memory or /dev/shm is short, lower --num_workers, with 0 no such process "
+            f"loader process {lost[-1]}; if memory or /dev/shm is short, lower --num_workers, with 0 no such process "
             "is needed; a training goes on with --resume"
         ) from error
     finally:
         if num_workers:
             iterator._shutdown_workers()
+
+
+def _lost_worker(error: BaseException | None) -> str:
+    """Number of the worker that ended and how, as far as an error says it."""
+    found = _LOST_WORKER.search(" ".join(str(error).split()))
+    return " ".join(found.groups()) if found else ""
 
 
 def _outlast_signals(worker: int) -> None:
