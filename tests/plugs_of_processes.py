@@ -1,16 +1,19 @@
 """Faults of machines and processes that are put into a command before it begins (see `tests.commands`, `plug`)."""
 
 import atexit
+import ctypes
 import errno
 import fcntl
 import os
 import pty
+import shutil
 import signal
 import struct
 import sys
 import termios
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch.utils.data import get_worker_info
@@ -180,23 +183,104 @@ def signal_in(work: str, number: str, name: str, target: str, calls: str = "1") 
     setattr(module, function, lambda *arguments, **options: around(original, *arguments, **options))
 
 
-def disk_full(action: str, name: str) -> None:
-    """No space is left when the file of that name, or its temporary neighbour, is written, synchronised or replaced."""
-    no_space = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+class _FullFile:
+    """A file on a disk that has room for its first bytes only."""
 
-    def is_meant(path: str) -> bool:
-        file = os.path.basename(path)
-        return file == name or (file.startswith(f".{name}.") and file.endswith(".tmp"))
+    def __init__(self, file):
+        self._file = file
 
-    def full(original: Callable, path_of: Callable) -> Callable:
-        def act(*arguments, **options):
-            if is_meant(path_of(*arguments)):
-                raise no_space
-            return original(*arguments, **options)
+    def write(self, data) -> int:
+        self._file.write(data[:10])
+        self._file.flush()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-        return act
+    def __enter__(self) -> "_FullFile":
+        return self
 
-    if action == "replace":
-        os.replace = full(os.replace, lambda source, target: str(target))
+    def __exit__(self, *exception) -> None:
+        self._file.close()
+
+    def __getattr__(self, name: str):
+        return getattr(self._file, name)
+
+
+def disk_full(action: str, name: str, number: str = "1") -> None:
+    """No space is left from the `number`th time on that files of a name are written, synchronised or replaced.
+
+    A file is meant under its temporary name as well.
+    """
+    counter = iter(range(1, 1_000_000))
+
+    def is_meant(path: object) -> bool:
+        file = os.path.basename(str(path))
+        meant = file == name or (file.startswith(f".{name}.") and file.endswith(".tmp"))
+        return meant and next(counter) >= int(number)
+
+    original_open, original_sync, original_replace = Path.open, os.fsync, os.replace
+
+    def open_file(path: Path, mode: str = "r", *arguments, **options):
+        file = original_open(path, mode, *arguments, **options)
+        return _FullFile(file) if mode[0] in "wa" and is_meant(path) else file
+
+    def sync(descriptor: int) -> None:
+        if is_meant(os.readlink(f"/proc/self/fd/{descriptor}")):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        original_sync(descriptor)
+
+    def replace(source: Path, target: Path) -> None:
+        if is_meant(target):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        original_replace(source, target)
+
+    if action == "write":
+        Path.open = open_file
     elif action == "fsync":
-        os.fsync = full(os.fsync, lambda descriptor: os.readlink(f"/proc/self/fd/{descriptor}"))
+        os.fsync = sync
+    else:
+        os.replace = replace
+
+
+def mounted(kind: str, folder: str) -> None:
+    """A folder lies on a file system of its own, for this process: `read_only`, or `small` with a few free kilobytes.
+
+    What is in the folder is there, too; of a small one a copy is left in `<folder>.left` in the end.
+    """
+    library = ctypes.CDLL(None, use_errno=True)
+    namespaces = 0x10000000 | 0x00020000  # CLONE_NEWUSER, CLONE_NEWNS
+    bind, remount, read_only, private, recursive = 4096, 32, 1, 1 << 18, 16384
+
+    def call(function, *arguments) -> None:
+        if function(*arguments):
+            print("no mount here:", os.strerror(ctypes.get_errno()), file=sys.stderr, flush=True)
+            os._exit(77)
+
+    def mount(source: str, kind: str | None, flags: int, data: str | None = None) -> None:
+        words = [word if word is None else word.encode() for word in (source, folder, kind)]
+        call(library.mount, *words, flags, data if data is None else data.encode())
+
+    call(library.unshare, namespaces)
+    call(library.mount, None, b"/", None, private | recursive, None)
+    if kind == "read_only":
+        mount(folder, None, bind)
+        mount(folder, None, bind | remount | read_only)
+        return
+    content = Path(f"{folder}.left")
+    shutil.copytree(folder, content)
+    used = sum(path.stat().st_size for path in content.rglob("*"))
+    mount("none", "tmpfs", 0, f"size={used + 300_000}")
+    shutil.copytree(content, folder, dirs_exist_ok=True)
+
+    def copy_out() -> None:
+        shutil.rmtree(content)
+        shutil.copytree(folder, content)
+
+    atexit.register(copy_out)
+
+
+def cache_full() -> None:
+    """No space is left for the rows of a cache."""
+
+    def fallocate(descriptor: int, offset: int, length: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    os.posix_fallocate = fallocate

@@ -149,8 +149,8 @@ class ArrayFile:
             yield
         except OSError as error:
             raise ResourceError(
-                f"{self.subject} cache: cannot write {str(self.path)!r} ({error.strerror or error}); make room, or give "
-                f"--cache_{self.subject}s {self.alternatives}"
+                f"{self.subject} cache: cannot write {str(self.path)!r} of {self.bytes / 1e6:.1f} MB "
+                f"({error.strerror or error}); make room, or give --cache_{self.subject}s {self.alternatives}"
             ) from error
 
 

@@ -39,7 +39,7 @@ def atomic_write(path: Path, write: Callable[[IO[bytes]], None]) -> None:
         cause = _operating_system_error(error)
         if cause is None:
             raise
-        raise ResourceError(explain_write_error(path, cause)) from error
+        raise ResourceError(explain_write_error(path, cause, _removed_bytes(temporary))) from error
     finally:
         with contextlib.suppress(OSError):  # as where the folder is a file
             temporary.unlink(missing_ok=True)
@@ -60,12 +60,22 @@ def _operating_system_error(error: BaseException | None) -> OSError | None:
     return error
 
 
-def explain_write_error(path: Path, error: OSError) -> str:
-    """One sentence on why a file could not be written."""
+def _removed_bytes(path: Path) -> int:
+    """Size of a file, which is removed; 0 if there is none."""
+    with contextlib.suppress(OSError):
+        size = path.stat().st_size
+        path.unlink()
+        return size
+    return 0
+
+
+def explain_write_error(path: Path, error: OSError, written: int = 0) -> str:
+    """One sentence on why a file could not be written, of which `written` bytes had been and are removed again."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         with contextlib.suppress(OSError):
             free = shutil.disk_usage(path.parent).free / 1e6
-            return f"disk full: {str(path)!r} could not be written, {free:.0f} MB are free; make room and run the command again"
+            needs = f"needs more than {written / 1e6:.1f} MB" if written else "could not be written"
+            return f"disk full: {str(path)!r} {needs}, {free:.1f} MB are free; make room and run the command again"
     return f"cannot write {str(path)!r}: {error.strerror or error}; check the folder and its permissions"
 
 
