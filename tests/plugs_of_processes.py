@@ -246,7 +246,7 @@ def mounted(kind: str, folder: str) -> None:
     What is in the folder is there, too; of a small one a copy is left in `<folder>.left` in the end.
     """
     library = ctypes.CDLL(None, use_errno=True)
-    namespaces = 0x10000000 | 0x00020000  # CLONE_NEWUSER, CLONE_NEWNS
+    new_user, new_mounts = 0x10000000, 0x00020000
     bind, remount, read_only, private, recursive = 4096, 32, 1, 1 << 18, 16384
 
     def call(function, *arguments) -> None:
@@ -258,7 +258,11 @@ def mounted(kind: str, folder: str) -> None:
         words = [word if word is None else word.encode() for word in (source, folder, kind)]
         call(library.mount, *words, flags, data if data is None else data.encode())
 
-    call(library.unshare, namespaces)
+    user, group = os.geteuid(), os.getegid()
+    call(library.unshare, new_mounts if user == 0 else new_mounts | new_user)
+    if user:  # become the one who may mount, in a world of our own
+        for name, text in (("setgroups", "deny"), ("uid_map", f"0 {user} 1"), ("gid_map", f"0 {group} 1")):
+            Path(f"/proc/self/{name}").write_text(text)
     call(library.mount, None, b"/", None, private | recursive, None)
     if kind == "read_only":
         mount(folder, None, bind)
