@@ -20,6 +20,7 @@ from torch.utils.data import get_worker_info
 
 import quantize.reconstruction
 import utils.command
+import utils.loading
 import utils.training
 from datasets.records import ImageDataset
 from models.dinomaly import Dinomaly
@@ -158,14 +159,17 @@ def signal_in(work: str, number: str, name: str, target: str, calls: str = "1") 
     """A signal arrives in call `number` of some work and in the calls after it, `calls` in all.
 
     Args:
-        work: training, evaluation, saving or quantization.
+        work: training, evaluation, saving, quantization, or loading: the beginning of a loader process.
         name: of the signal. target: process or group.
     """
     counter = iter(range(1, 1_000_000))
 
     def announce() -> None:
         if int(number) <= next(counter) < int(number) + int(calls):
-            (os.killpg if target == "group" else os.kill)(os.getpid(), signal.Signals[name])
+            if target == "group":
+                os.killpg(os.getpgrp(), signal.Signals[name])
+            else:
+                os.kill(os.getpid(), signal.Signals[name])
 
     def around(original: Callable, *arguments, **options):
         announce()
@@ -177,6 +181,7 @@ def signal_in(work: str, number: str, name: str, target: str, calls: str = "1") 
     module, function = {
         "training": (utils.training, "_backward"),
         "saving": (torch, "save"),
+        "loading": (utils.loading, "_outlast_signals"),
         "quantization": (quantize.reconstruction, "_minimise"),
     }[work]
     original = getattr(module, function)

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 from common.errors import ResourceError
 from utils.distributed import processes_on_this_machine
 
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _SECONDS_AFTER_SIGTERM = 60
 _LOST_WORKER = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (.*?)(?:\. |\.?$)")  # a plain RuntimeError of torch
 
@@ -24,8 +25,10 @@ def loaded_batches(data: Dataset, num_workers: int, **options) -> Iterator[Itera
     Raises:
         ResourceError: a worker ended, as when the system kills it; torch notices anywhere within the block.
     """
-    iterator = iter(DataLoader(data, num_workers=num_workers, worker_init_fn=_outlast_signals, **options))
+    iterator = None
     try:
+        with _signals_held():
+            iterator = iter(DataLoader(data, num_workers=num_workers, worker_init_fn=_outlast_signals, **options))
         yield iterator
     except RuntimeError as error:
         lost = [found for found in map(_lost_worker, (error, error.__cause__)) if found]
@@ -36,8 +39,18 @@ def loaded_batches(data: Dataset, num_workers: int, **options) -> Iterator[Itera
             "is needed; a training goes on with --resume"
         ) from error
     finally:
-        if num_workers:
+        if num_workers and iterator is not None:
             iterator._shutdown_workers()
+
+
+@contextmanager
+def _signals_held() -> Iterator[None]:
+    """Let SIGINT and SIGTERM wait until the block ends: a worker that begins inherits this, and so does not die of them."""
+    previous = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
 
 
 def _lost_worker(error: BaseException | None) -> str:
@@ -50,6 +63,7 @@ def _outlast_signals(worker: int) -> None:
     """Signals often reach the whole process group: the parent decides what they mean and may still save a checkpoint."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(_SECONDS_AFTER_SIGTERM))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
 
 
 def default_worker_count() -> int:
