@@ -245,7 +245,7 @@ def test_errors_of_one_of_several_processes(board, train, capsys, monkeypatch, e
     assert train() == code
     errors = capsys.readouterr().err
     assert (f"error: {sentence}" in errors) if sentence else errors == ""
-    assert ("Traceback" in errors) == (code == 1)
+    assert "Traceback" not in errors
 
 
 def test_signals_repeated_by_torchrun_do_not_break_off_the_saving(monkeypatch):

@@ -130,20 +130,26 @@ def test_lock_of_a_killed_process_frees_itself(tmp_path, caplog):
 
 
 def test_lock_is_not_inherited_by_loader_processes(tmp_path):
-    with run_lock(tmp_path):
-        child = os.fork()
-        if not child:
+    """Those of a killed process live on for some seconds."""
+    reading, writing = os.pipe()
+    holder = os.fork()
+    if not holder:
+        lock = run_lock(tmp_path)
+        lock.__enter__()
+        loader = os.fork()
+        if not loader:
             signal.alarm(60)
             signal.pause()
+        os.write(writing, str(loader).encode())
+        os._exit(0)
+    os.waitpid(holder, 0)
+    os.close(writing)
+    loader = int(os.read(reading, 20))
+    os.close(reading)
     try:
-        other = Starter(tmp_path)
-        other.word()
-        assert other.tell() == "holds"
-        other.word()
-        other.wait()
+        held(tmp_path)
     finally:
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
+        os.kill(loader, signal.SIGKILL)
 
 
 def test_lock_of_another_machine_is_not_taken_over(tmp_path):

@@ -57,8 +57,8 @@ def _interruptible() -> Iterator[None]:
     try:
         yield
     finally:
-        if started_processes() == 1:
-            for number, handler in previous.items():
+        for number, handler in previous.items():
+            if number == signal.SIGINT or started_processes() == 1:  # torchrun's SIGTERM must not change the exit code
                 signal.signal(number, handler)
 
 
