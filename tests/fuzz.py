@@ -22,7 +22,7 @@ HEAD = ("reader", "mutants", *FINE, "failures", "seconds")
 
 
 def run(names: Sequence[str], count: int, seed: int, seconds: float | None, only: int | None = None) -> list[Summary]:
-    """Fuzz some readers one after the other; failures are printed as they come."""
+    """Fuzz some readers one after the other; what is known of each is told to stderr as it comes."""
     summaries = []
     for name in names:
         until = None if seconds is None else time.monotonic() + seconds
@@ -30,8 +30,7 @@ def run(names: Sequence[str], count: int, seed: int, seconds: float | None, only
             start, number = (0, count) if only is None else (only, 1)
             summary = fuzz(READERS[name], Path(folder), number, seed, Limits(), start, until)
         summaries.append(summary)
-        if summary.failures:
-            print(summary.describe(), file=sys.stderr, flush=True)
+        print("  ".join(summary.row()), summary.describe(), sep="\n" if summary.failures else "", file=sys.stderr, flush=True)
     return summaries
 
 

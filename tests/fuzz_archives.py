@@ -31,6 +31,7 @@ class Attack:
         return open, (self.marker, "w")
 
 
+@lru_cache(maxsize=1)  # a mutant gets others
 def _entries(content: bytes) -> dict[str, bytes]:
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         return {name: archive.read(name) for name in archive.namelist()}

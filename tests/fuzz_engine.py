@@ -70,6 +70,7 @@ class Reader:
         names: of what a sentence may speak, instead of the file's own name.
         may_leave: the file may name files anywhere, as a list written by the user.
         programs: what may be started, as the compiler.
+        chatty: a C library may tell stderr, in readable text, what it does not like.
     """
 
     name: str
@@ -83,6 +84,7 @@ class Reader:
     names: tuple[str, ...] = ()
     may_leave: bool = False
     programs: tuple[str, ...] = ()
+    chatty: bool = False
 
 
 @dataclass(frozen=True)
@@ -410,8 +412,9 @@ class _Child:
                 return "message of a library", f"{record.name}: {record.getMessage()[:300]}"
             if not record.getMessage().isprintable():
                 return "bad log line", f"{record.name}: {record.getMessage()[:300]!r}"
-        if size := os.fstat(self.printed).st_size:
-            return "printed by a library", repr(os.pread(self.printed, min(size, 300), 0))
+        printed = os.pread(self.printed, 3000, 0)
+        if printed and not (self.reader.chatty and printed.isascii() and printed.decode().replace("\n", "").isprintable()):
+            return "printed by a library", repr(printed[:300])
         return None
 
 

@@ -265,9 +265,9 @@ def encoder_state(variant: int) -> dict:
 @torch.no_grad()
 def encoder_weights(path: Path) -> dict:
     """As building an encoder with --encoder_weights does; the ViT is a small one."""
-    state, source = read_weights_file(path)
+    state, _ = read_weights_file(path)
     vit = small_vit()
-    sha256 = load_encoder_weights(vit, state, GRID, "paper", source)
+    sha256 = load_encoder_weights(vit, state, GRID, "paper", repr(str(path)))
     return {"state": dict(vit.state_dict()), "sha256": sha256}
 
 

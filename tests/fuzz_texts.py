@@ -16,7 +16,7 @@ def evil_value(source: Source, draw: random.Random) -> object:
     return draw.choice(
         [
             None, True, False, 0, -1, 1, 2, 1.5, -0.5, 1e308, 10**400, 2**63, -(2**31), math.nan, math.inf, -math.inf,
-            "", " ", "nan", "x" * 100_000, "../" * 8 + "etc/passwd", f"../outside/{source.outside.name}", str(source.outside),
+            "", " ", "NaN", "x" * 100_000, "../" * 8 + "etc/passwd", f"../outside/{source.outside.name}", str(source.outside),
             "=cmd|'/c calc'!A0", "a\nb", "\x1b[31mred", "\0", "\ud800", "\N{RIGHT-TO-LEFT OVERRIDE}gnp", "None", "[]",
             [], {}, [[]], [None], {"a": 1}, ["x"] * 1000, deep(60),
         ]
@@ -158,7 +158,7 @@ def csv_cells(source: Source, draw: random.Random) -> bytes:
         ["cell"] * 6 + ["delete column", "copy column", "delete row", "copy row", "rename", "shorten", "lengthen"]
     )
     evil = evil_value(source, draw)
-    text = evil if isinstance(evil, str) else "" if evil is None else str(evil)
+    text = evil if isinstance(evil, str) else "" if evil is None else str(evil).title()  # NaN, so that nan is of a format
     if kind == "cell" and rows[row]:
         rows[row][column] = text
     elif kind == "delete column":
