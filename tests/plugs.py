@@ -1,5 +1,7 @@
 """Faults that are put into a command before it begins (see `tests.commands`, `plug`)."""
 
+import itertools
+from collections.abc import Callable
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -8,6 +10,7 @@ import torch
 import models.encoder
 import models.teacher
 import utils.run_folder
+from models.detector import Detector
 
 
 def raise_unexpectedly() -> None:
@@ -41,3 +44,32 @@ def no_network(folder: str) -> None:
     models.encoder.LOCAL_WEIGHTS_FOLDER = Path(folder) / "weights"
     models.teacher.LOCAL_WEIGHTS_FOLDER = Path(folder) / "weights"
     huggingface_hub.constants.HF_HUB_CACHE = str(Path(folder) / "hub")
+
+
+def maps_are(value: str) -> None:
+    """Every pixel of every anomaly map has one value."""
+    _change_maps(lambda maps: maps.fill_(float(value)))
+
+
+def maps_have(value: str) -> None:
+    """The middle pixel of every second anomaly map, counted from the first, has this value."""
+    count = itertools.count()
+
+    def change(maps: torch.Tensor) -> torch.Tensor:
+        for anomaly_map in maps:
+            if next(count) % 2:
+                anomaly_map[len(anomaly_map) // 2, len(anomaly_map) // 2] = float(value)
+        return maps
+
+    _change_maps(change)
+
+
+def _change_maps(change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    def wrapped(original: Callable) -> Callable:
+        return lambda self, inputs: change(original(self, inputs).clone())
+
+    kinds = [Detector]
+    for kind in kinds:
+        kinds += kind.__subclasses__()
+        if kind is not Detector and "anomaly_map" in vars(kind):
+            kind.anomaly_map = wrapped(kind.anomaly_map)
