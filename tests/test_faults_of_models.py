@@ -66,7 +66,7 @@ def copied(trained, tmp_path):
 # ways to have a command read a file: the run -> the file and the command
 
 
-def test_phase(run: Copy) -> tuple[Path, list[str]]:
+def phase_test(run: Copy) -> tuple[Path, list[str]]:
     return run.model, run.words("--phase", "test")
 
 
@@ -104,9 +104,9 @@ def graph_export(run: Copy) -> tuple[Path, list[str]]:
     return run.model, ["scripts.export", "--checkpoint", str(run.model), "--output", str(run.tmp_path / "out.onnx")]
 
 
-test_phase.__test__ = False
+phase_test.__test__ = False
 WAYS = [
-    *((script, way) for script in ALL for way in (test_phase, resume, start_by_name)),
+    *((script, way) for script in ALL for way in (phase_test, resume, start_by_name)),
     *((script, start_by_path) for script in ALL if script is not RAAD),  # which goes on from runs by name
     *((script, other_data) for script in ALL if script is not RAAD),
     *((script, way) for script in (INP_SINGLE, VARAD, RAAD) for way in (packed_export, graph_export)),
@@ -147,14 +147,14 @@ def test_every_command_that_reads_a_checkpoint_refuses_a_changed_one(copied, ref
 @every_entry_script
 def test_hostile_pickles_run_nothing(copied, refuses, tmp_path, script):
     """Case 26."""
-    file, words = test_phase(copied(script))
+    file, words = phase_test(copied(script))
     assert "refused" in refuses(file, ATTACK.make(file.read_bytes(), tmp_path / "marker"), words)
 
 
 @pytest.mark.parametrize("damage", CONTAINER_DAMAGES, ids=str)
 def test_every_damage_of_a_checkpoint_has_its_sentence(copied, refuses, tmp_path, damage: Damage):
     """Cases 25 and 26."""
-    file, words = test_phase(copied(INP_SINGLE))
+    file, words = phase_test(copied(INP_SINGLE))
     assert damage.said in refuses(file, damage.make(file.read_bytes(), tmp_path / "marker"), words)
 
 
@@ -234,7 +234,7 @@ def test_the_data_set_of_a_checkpoint_is_no_path(copied, refuses, tmp_path):
 def test_prefixes_of_wrappers_are_stripped_and_other_names_listed(copied, commands, refuses, script):
     """Case 27."""
     run = copied(script)
-    file, words = test_phase(run)
+    file, words = phase_test(run)
     (scores,) = script.folder(run.tmp_path).glob("*/scores.csv")
     before = scores.read_bytes()
     content = load_checkpoint(file)
@@ -252,7 +252,7 @@ def test_prefixes_of_wrappers_are_stripped_and_other_names_listed(copied, comman
 
 
 def test_files_are_not_opened_with_a_torch_that_runs_them(copied, commands):
-    finished = commands.run(*test_phase(copied(INP_SINGLE))[1], plug="tests.plugs:old_torch")
+    finished = commands.run(*phase_test(copied(INP_SINGLE))[1], plug="tests.plugs:old_torch")
     assert finished.code == 2
     assert "torch 2.5.1 can be made to run code" in finished.sentence
 

@@ -81,7 +81,9 @@ class Starter:
         os.close(self._told[0])
 
 
-@pytest.mark.parametrize("stale", ["", f"process 999999999 on {HERE}\n", f"process {os.getpid()} on {HERE}\n"])
+@pytest.mark.parametrize(
+    "stale", ["", f"process 999999999 on {HERE}\n", f"process {os.getpid()} on {HERE}\n"], ids=["none", "gone", "ours"]
+)
 def test_of_two_that_start_at_once_exactly_one_wins(tmp_path, stale):
     """Also over the lock of a process that is gone, or whose number another process has now: this one."""
     lock = tmp_path / "run.lock"
