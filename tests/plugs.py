@@ -77,30 +77,6 @@ def _change_maps(change: Callable[[torch.Tensor], torch.Tensor]) -> None:
             kind.anomaly_map = wrapped(kind.anomaly_map)
 
 
-def keep_training_state() -> None:
-    """A finished training leaves its last.pth, as one that ends before its last evaluation does."""
-    unlink = Path.unlink
-
-    def unlink_others(path: Path, *arguments, **options) -> None:
-        if path.name != "last.pth":
-            unlink(path, *arguments, **options)
-
-    Path.unlink = unlink_others
-
-
-def old_torch() -> None:
-    """A torch from before weights_only was safe."""
-    torch.__version__ = "2.5.1"
-
-
-def no_network(folder: str) -> None:
-    """No connection, and of all weights only what a folder holds: `weights` and the hub's cache `hub`."""
-    models.encoder._hub_is_reachable = lambda: False
-    models.encoder.LOCAL_WEIGHTS_FOLDER = Path(folder) / "weights"
-    models.teacher.LOCAL_WEIGHTS_FOLDER = Path(folder) / "weights"
-    huggingface_hub.constants.HF_HUB_CACHE = str(Path(folder) / "hub")
-
-
 def end_when_opened(folder: str) -> None:
     """The process ends with code 99 as soon as it opens anything below a folder."""
 
