@@ -183,4 +183,17 @@ def means_as_convolutions(content: bytes) -> bytes:
         kept = [attribute for attribute in node.attribute if attribute.name in ("kernel_shape", "pads", "strides")]
         del node.attribute[:]
         node.attribute.extend([*kept, helper.make_attribute("group", len(codes))])
+    _part_initializers(graph)
     return model.SerializeToString()
+
+
+def _part_initializers(graph) -> None:
+    """Give every user of a constant one of its own: ONNX Runtime 1.31 cannot rewrite shared ones for CPUs without VNNI."""
+    initializers, used = {tensor.name: tensor for tensor in graph.initializer}, set()
+    for node in graph.node:
+        for index, name in enumerate(node.input):
+            if name in initializers and name in used:
+                own = graph.initializer.add()
+                own.CopyFrom(initializers[name])
+                own.name = node.input[index] = f"{name}/{node.output[0]}/{index}"
+            used.add(name)

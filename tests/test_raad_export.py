@@ -20,7 +20,7 @@ from scripts import benchmark_raad, export
 from tests.raad_models import NEAREST, SIDE, checkpoint_of, detector_of, images_of, train_stages
 from utils import raad_export
 from utils.detectors import load_detector
-from utils.onnx_export import traced
+from utils.onnx_export import session_options, traced
 from utils.packed_model import load_packed
 from utils.raad_export import export_integers, operators_run
 
@@ -46,7 +46,7 @@ def layer_of(bits: int, rectified: bool, stride: int = 1, padding: int = 0) -> Q
 
 
 def run(content: bytes | str, images: torch.Tensor) -> np.ndarray:
-    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(content, session_options(), providers=["CPUExecutionProvider"])
     return session.run(None, {session.get_inputs()[0].name: images.numpy()})[0]
 
 

@@ -25,7 +25,7 @@ from quantize.quantizers import UniformQuantizer
 from utils.checkpoint import atomic_write
 from utils.host import Config
 from utils.hosts import HOSTS
-from utils.onnx_export import check_packages, maps_of, traced, with_metadata, write_graph
+from utils.onnx_export import check_packages, maps_of, session_options, traced, with_metadata, write_graph
 from utils.packed_model import restore_packed
 from utils.raad_packed import networks_of, stored_tensors
 from utils.tables import format_rows
@@ -147,7 +147,7 @@ def operators_run(content: bytes) -> Counter[str]:
     import onnx
     import onnxruntime
 
-    options = onnxruntime.SessionOptions()
+    options = session_options()
     options.log_severity_level = 3  # it warns that a graph for this CPU is for this CPU
     with tempfile.TemporaryDirectory() as folder:
         options.optimized_model_filepath = str(Path(folder) / "optimised.onnx")
