@@ -29,8 +29,8 @@ def worker():
             yield executor
 
 
-def fuzz_by_name(name: str, folder: Path) -> Summary:
-    return fuzz(READERS[name], folder, MUTANTS, SEED)
+def fuzz_by_name(name: str, folder: Path, start: int = 0, count: int = MUTANTS) -> Summary:
+    return fuzz(READERS[name], folder, count, SEED, start=start)
 
 
 @pytest.mark.parametrize("name", READERS)
@@ -40,6 +40,22 @@ def test_no_mutant_of_a_file_does_harm(worker, tmp_path, name):
     assert not summary.failures, (
         f"\n{summary.describe()}\nlook at one with `python -m tests.fuzz --reader {name!r} --only NUMBER`"
     )
+
+
+# found by the long form, in mutants beyond the first fifty
+FOUND = [
+    ("timing.json reported", 83),  # a text that no file can hold
+    ("timing.json reported", 129),  # less than no time
+    ("pixel_errors.csv resumed", 86),  # an error of 150 %
+    ("image .png RGB", 450),  # a second orientation behind the pixels
+    ("image .tif RGB", 471),  # PIL logs what it raises
+    ("mask .png", 561),  # a length of gigabytes
+]
+
+
+@pytest.mark.parametrize(("name", "number"), FOUND)
+def test_what_was_found_once_stays_mended(worker, tmp_path, name, number):
+    assert not worker.submit(fuzz_by_name, name, tmp_path, number, 1).result().failures
 
 
 # ---- readers that are wrong on purpose
@@ -137,7 +153,8 @@ def in_two_lines(path: Path) -> str:
     try:
         return refusing(path)
     except UserError as error:
-        raise UserError(f"{error}\nsee above") from None
+        error.args = (f"{error}\nsee above",)  # a new one would be brought into one line
+        raise
 
 
 def with_a_traceback(path: Path) -> str:
