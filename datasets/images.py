@@ -1,5 +1,6 @@
 """Decode one image or mask from disk, or say in one sentence why not. Every image of this program is opened here."""
 
+import logging
 import os
 import warnings
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"}
 # all whatever a file's name. JPEG includes MPO, a telephone's photograph with a preview behind it.
 _FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP")
 DEFAULT_MAX_PIXELS = 100_000_000
+logging.getLogger("PIL").setLevel(logging.CRITICAL)  # what it tells of damaged files comes as an exception, too
 Image.MAX_IMAGE_PIXELS = None  # `max_pixels` replaces it, with a sentence instead of a warning
 _SIXTEEN_BIT_MODES = {"I;16", "I;16B", "I;16L", "I;16N", "I"}
 _SWAPPED_ORIENTATIONS = {5, 6, 7, 8}  # EXIF: the displayed image is turned by 90 degrees
@@ -85,6 +87,7 @@ def image_size(path: Path, max_pixels: int = DEFAULT_MAX_PIXELS) -> tuple[int, i
 
 def _decoded(path: Path, max_pixels: int) -> Image.Image:
     with _open(path, max_pixels) as image, _decoding(path):
+        image.getexif()  # before the pixels, behind which a second orientation may lie: `image_size` knows the first alone
         image.load()
         return ImageOps.exif_transpose(image)
 
