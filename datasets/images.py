@@ -41,8 +41,10 @@ def _errors_of(path: Path, reason: str) -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PIL's, of odd metadata and palettes, in the middle of a progress bar
             yield
-    except (UserError, MemoryError):
+    except UserError:
         raise
+    except MemoryError as error:  # of a length in the file, more likely than of as many pixels as are allowed
+        raise UserError(f"{reason} (it takes more memory than there is); replace or remove it") from error
     except Exception as error:
         raise UserError(f"{reason} ({brief(error)}); replace or remove it") from error
 
