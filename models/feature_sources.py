@@ -210,14 +210,14 @@ def _recognised(state: dict[str, Tensor], named: str) -> tuple[str, nn.Module, d
 
 
 def to_timm_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Rename an EfficientNet-Lite0 of the package efficientnet-lite-pytorch to timm's names."""
+    """Rename an EfficientNet-Lite0 of the package efficientnet-lite-pytorch to timm's names; others stay as they are."""
     renamed = {}
     for name, value in state.items():
-        block = re.fullmatch(r"_blocks\.(\d+)\._(\w+)\.(\w+)", name)
-        if block:
+        block = re.fullmatch(r"_blocks\.(\d{1,3})\._(\w+)\.(\w+)", name)
+        if block and int(block[1]) < len(_STAGE_OF_BLOCK):
             stage, place = _STAGE_OF_BLOCK[int(block[1])]
             layers = _FIRST_BLOCK_LAYERS if stage == 0 else _BLOCK_LAYERS
-            renamed[f"blocks.{stage}.{place}.{layers[block[2]]}.{block[3]}"] = value
+            renamed[f"blocks.{stage}.{place}.{layers.get(block[2], block[2])}.{block[3]}"] = value
         else:
             layer, _, kind = name.rpartition(".")
             renamed[f"{_OUTER_LAYERS.get(layer, layer)}.{kind}"] = value

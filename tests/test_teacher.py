@@ -283,6 +283,15 @@ def test_other_networks_are_no_source(tmp_path):
         build_feature_source(str(tmp_path / "partial.pth"), 48, 128)
 
 
+@pytest.mark.parametrize(
+    "name", ["_blocks.16._bn0.weight", f"_blocks.{'9' * 5000}._bn0.weight", "_blocks.0._bn0.weight", "_x.y"]
+)
+def test_names_that_no_layer_has_are_no_crash(tmp_path, name):
+    torch.save({"_conv_stem.weight": torch.zeros(32, 3, 3, 3), name: torch.zeros(3)}, tmp_path / "odd.pth")
+    with pytest.raises(UserError, match=r"odd\.pth lacks \d+ tensors"):
+        build_feature_source(str(tmp_path / "odd.pth"), 48, 64)
+
+
 def test_old_files_without_counters_fit(lite0, tmp_path):
     torch.save(lite0.state_dict(), tmp_path / "new.pth")
     old = {name: value for name, value in lite0.state_dict().items() if not name.endswith("num_batches_tracked")}
