@@ -50,9 +50,13 @@ def one_of(*choices: object) -> Check:
 
 
 def text(value: object, name: str) -> None:
-    """Any string."""
+    """A string that can be written: of surrogates only those that stand for bytes of a file's name."""
     if not isinstance(value, str):
         raise expected(name, "text", value)
+    try:
+        value.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        raise expected(name, "text", ascii(value)) from None
 
 
 def sha256(value: object, name: str) -> None:

@@ -180,7 +180,8 @@ def test_command_in_a_process_of_its_own_writes_the_same_bytes(trained, exported
     command = [sys.executable, "-m", "scripts.export", "--checkpoint", trained.model(2), "--output", other, "--quiet"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120, env=environment)
-    assert (done.returncode, done.stderr) == (0, "")
+    lines = [line for line in done.stderr.splitlines() if "no 8-bit dot product" not in line]  # what some CPUs have to say
+    assert (done.returncode, lines) == (0, [])
     assert done.stdout == f"written: {other} ({file.stat().st_size:,} bytes)\n"
     assert other.read_bytes() == file.read_bytes()
 
