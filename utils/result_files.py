@@ -150,7 +150,11 @@ def read_pixel_errors(path: Path) -> dict[str, float]:
         return {}
     source = Source(path, "errors of pixel metrics", _AGAIN)
     _, lines = read_table(source, ("item", "error"))
-    return {item: line.number_in(source, "error") for item, line in _by_item(source, lines)}
+    errors = {item: line.number_in(source, "error") for item, line in _by_item(source, lines)}
+    for item, error in errors.items():
+        if not 0 <= error <= 1:
+            raise source.damaged(f"has the error {error:g} for {item!r:.50} where a fraction should be")
+    return errors
 
 
 def _write_csv(path: Path, header: tuple[str, ...], rows: Iterable[tuple]) -> None:
