@@ -6,4 +6,5 @@ source scripts/environment.sh
 prepare_environment requirements-dev.txt
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
-.venv/bin/python -m pytest "$@"
+# tests are of one thread each, and one process per core runs them
+OMP_NUM_THREADS=1 .venv/bin/python -m pytest --numprocesses auto --dist loadfile "$@"
