@@ -9,6 +9,10 @@ import sys
 from pathlib import Path
 
 _ROOT = Path(__file__).resolve().parent.parent
+_ENTRY_SCRIPTS = {
+    *("Binary_Dinomaly.py", "Binary_INP_Few_Shot.py", "Binary_INP_Multi_Class.py", "Binary_INP_Single_Class.py"),
+    *("RAAD.py", "VarAD.py"),
+}
 
 
 def prepare_start() -> None:
@@ -26,8 +30,14 @@ def prepare_start() -> None:
 
 
 def _is_command() -> bool:
-    """True if the interpreter was started on an entry script or with `-m scripts...`, not on tests or another program."""
-    return sys.argv[0] == "-m" or Path(sys.argv[0]).resolve().parent == _ROOT
+    """True if the interpreter was started on an entry script or with `-m scripts...`, not on tests or another program.
+
+    A program of somebody else that imports our packages keeps its own way of ending, also if it lies beside the entry scripts.
+    """
+    if sys.argv[0] == "-m":  # Python looks for the module still, and imports the packages that it lies in
+        return "scripts" in sys.modules
+    script = Path(sys.argv[0]).resolve()
+    return script.parent == _ROOT and script.name in _ENTRY_SCRIPTS
 
 
 def _end_at_once(number: int, frame) -> None:

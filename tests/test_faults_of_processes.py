@@ -80,7 +80,9 @@ def test_what_argparse_refuses_is_one_sentence(commands, flags, sentence):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("words", [("VarAD.py",), ("-m", "scripts.predict")])
+@pytest.mark.parametrize(
+    "words", [*((f"{script.name}.py",) for script in ALL), ("-m", "scripts.predict")], ids=lambda it: it[-1]
+)
 def test_signal_while_libraries_are_imported_ends_without_a_traceback(number, words):
     """The importing of torch, which takes seconds, is where the signal arrives."""
     bootstrap = f"""
@@ -97,6 +99,20 @@ runpy.run_path(words[0], run_name="__main__") if len(words) == 1 else runpy.run_
 """
     finished = subprocess.run([sys.executable, "-c", bootstrap], cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
     assert (finished.returncode, finished.stdout, finished.stderr) == (128 + number, "", "")
+
+
+@pytest.mark.parametrize("first_word", ["-c", "own_line.py", "-m"])
+def test_a_program_that_imports_our_packages_keeps_its_signal_handlers(first_word):
+    bootstrap = f"""
+import signal, sys
+before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+sys.argv = [{first_word!r}]
+import common.startup
+common.startup.prepare_start()
+assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+"""
+    finished = subprocess.run([sys.executable, "-c", bootstrap], cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
+    assert (finished.returncode, finished.stderr) == (0, "")
 
 
 def test_second_signal_while_a_checkpoint_is_saved_ends_at_once_and_keeps_the_old_one(commands, tmp_path, mvtec):
