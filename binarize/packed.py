@@ -21,10 +21,8 @@ _TYPES = (torch.int8, torch.uint8, torch.int16, torch.float16, torch.bfloat16, t
 _COMPRESSIBLE = {str(kind).removeprefix("torch."): kind for kind in _TYPES}
 _MARKER = b'{"__metadata__":{"binaryad":'
 _LARGEST_HEADER = 16_000_000  # of the largest network here it has a hundred thousand
-_LARGEST_RATIO, _SMALL = (
-    8,
-    1_000_000,
-)  # bytes of all tensors for one of the file: no Huffman code has less than a bit for a byte
+_LARGEST_RATIO = 8  # bytes of all tensors for one of the file: no Huffman code has less than a bit for a byte
+_SMALL = 1_000_000
 # what a file that was written wrongly, or with bad intent, can lead to
 _MALFORMED = (
     LookupError,
@@ -74,7 +72,7 @@ def from_bytes(content: bytes, name: str) -> tuple[dict[str, Tensor], dict]:
         if version != FORMAT_VERSION:
             raise ValueError(f"format {version!r}")
         stored, compressed = safetensors.torch.load(content), description.pop("compressed")
-        swollen = sum(math.prod(kind["shape"]) * _COMPRESSIBLE[kind["dtype"]].itemsize for kind in compressed.values())
+        swollen = sum(_size(**kind) for kind in compressed.values())
         if swollen > _LARGEST_RATIO * len(content) + _SMALL:
             raise ValueError(f"a file of {len(content):,} bytes that would become {swollen:,}")
         for tensor, kind in compressed.items():
@@ -98,9 +96,15 @@ def _compressed(value: Tensor) -> Tensor:
     return torch.frombuffer(bytearray(stream), dtype=torch.uint8)
 
 
+def _size(dtype: str, shape: list[int]) -> int:
+    """Bytes of a tensor; raises ValueError for a side below zero, which would hide the bytes of another in a sum."""
+    if any(type(side) is not int or side < 0 for side in shape):
+        raise ValueError(f"shape {shape!r:.100}")
+    return math.prod(shape) * _COMPRESSIBLE[dtype].itemsize
+
+
 def _decompressed(stream: Tensor, dtype: str, shape: list[int]) -> Tensor:
-    kind = _COMPRESSIBLE[dtype]
-    size = math.prod(shape) * kind.itemsize
+    kind, size = _COMPRESSIBLE[dtype], _size(dtype, shape)
     content = zlib.decompressobj().decompress(stream.numpy().tobytes(), size + 1)
     if len(content) != size:
         raise ValueError(f"{len(content)} bytes instead of {size}")

@@ -301,6 +301,18 @@ def test_stream_that_swells_is_stopped_at_the_declared_size():
     assert "1001 bytes instead of 1000" in refusal(content)
 
 
+def test_side_below_zero_hides_no_other_stream():
+    bomb = zlib.compress(bytes(64 * MEGABYTE), 9)
+    places = {
+        "a": {"dtype": "U8", "shape": [len(bomb)], "data_offsets": [0, len(bomb)]},
+        "b": {"dtype": "U8", "shape": [0], "data_offsets": [len(bomb), len(bomb)]},
+    }
+    compressed = {name: {"dtype": "int8", "shape": [size]} for name, size in (("a", 64 * MEGABYTE), ("b", -64 * MEGABYTE))}
+    content = plain_write(places, {"format_version": 1, "compressed": compressed}, bomb)
+    assert memory_peak(lambda: refusal(content)) < MEGABYTE
+    assert "shape [-" in refusal(content)
+
+
 def memory_peak(work: Callable[[], object]) -> int:
     """Bytes that Python objects took at most while working."""
     tracemalloc.start()
