@@ -187,7 +187,7 @@ def open_array(path: Path, count: int, dtype: type, subject: str) -> MappedArray
                 return array
     except Exception:  # numpy has no common class for what a broken header raises
         logger.debug("%s", path, exc_info=True)
-    logger.warning("%s cache: %s is damaged and is made anew", subject, path)
+    logger.warning("%s cache: %s is damaged or of an earlier version, and is made anew", subject, path)
     return None
 
 
