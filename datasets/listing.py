@@ -70,21 +70,21 @@ def joined(folder: Path, name: str, where: str) -> Path:
 
 
 class Inside:
-    """Whether files lie below a folder after all symbolic links are followed; remembers the folders between."""
+    """Whether files lie below one of some folders after all symbolic links are followed; remembers the folders between."""
 
-    def __init__(self, folder: Path):
-        self._root = os.path.realpath(folder)
+    def __init__(self, *folders: Path):
+        self._roots = [os.path.realpath(folder) for folder in folders]
         self._parents: dict[str, str] = {}
 
     def holds(self, path: Path) -> bool:
-        """True for a path below the folder, whether or not there is such a file."""
+        """True for a path below a folder, whether or not there is such a file."""
         parent, name = os.path.split(path)
         if parent not in self._parents:
             self._parents[parent] = os.path.realpath(parent)
         found = os.path.join(self._parents[parent], name)
         if os.path.islink(found):
             found = os.path.realpath(found)
-        return os.path.commonpath([self._root, found]) == self._root
+        return any(os.path.commonpath([root, found]) == root for root in self._roots)
 
 
 def index_source(path: Path, what: str) -> Source:

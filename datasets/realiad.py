@@ -64,7 +64,7 @@ def _entries(root: Path, item: str, split: str, options: ListingOptions) -> list
             "download it again"
         )
     folder = root / IMAGES / item
-    inside = Inside(folder)
+    inside = Inside(root, folder)  # a category may be a link to another disk
     return [
         _entry(record, folder, inside, f"record {number} of {split!r} in {str(path)!r}")
         for number, record in enumerate(records, 1)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from datasets import realiad
 from tests.broken_files import DAMAGES, damage, in_all_modes
 from tests.commands import Finished
 from tests.data_readers import CHECK, EVALUATE, TRAININGS, Reader, each, every_reader, one_with_all
@@ -411,6 +412,19 @@ def test_a_hostile_index_leads_to_no_file_outside(refuses, tmp_path, reader, kin
     sentence = refuses(reader, root, *flags, plug=f"tests.plugs:end_when_opened:{outside}")
     assert words in sentence
     assert str(path) in sentence or kind == "long"
+
+
+def test_links_within_real_iad_and_a_linked_category_are_followed(tmp_path):
+    root, elsewhere = make_realiad(tmp_path / "data"), tmp_path / "elsewhere"
+    images = root / "realiad_1024" / "audiojack"
+    images.rename(elsewhere)
+    images.symlink_to(elsewhere, target_is_directory=True)
+    stored = root / "store" / "a.jpg"
+    stored.parent.mkdir()
+    (elsewhere / GOOD_RECORD["image_path"]).rename(stored)
+    (elsewhere / GOOD_RECORD["image_path"]).symlink_to(stored)
+    write_realiad_index(root, "audiojack", [GOOD_RECORD], [GOOD_RECORD])
+    assert [record.path for record in realiad.train_records(root, "audiojack")] == [images / GOOD_RECORD["image_path"]]
 
 
 @pytest.mark.parametrize(
