@@ -17,7 +17,7 @@ from common.errors import ResourceError, UserError
 from common.plain_content import check_plain, content_sha256
 from common.schema import Check
 from common.torch_files import not_finite, read_torch_file
-from models.encoder import state_sha256
+from models.weight_files import state_sha256
 
 FORMAT_VERSION = 2
 _KIND = "binaryad-checkpoint"

@@ -15,8 +15,9 @@ from utils.checkpoint import load_checkpoint
 from utils.host import Host
 from utils.hosts import HOSTS
 from utils.network_config import check_network
-from utils.run_folder import EARLIER_DEFAULTS, RunFolder
+from utils.run_folder import RunFolder
 from utils.settings import ModelOptions, Settings
+from utils.stored_config import EARLIER_DEFAULTS
 from utils.trained_state import fitting_state, without_prefixes
 
 logger = logging.getLogger(__name__)

@@ -25,8 +25,8 @@ from utils.distributed import is_main, joined, on_main, peers_expected, rank, wo
 from utils.loading import loaded_batches
 from utils.optim import build_optimizer, learning_rate, load_optimizer
 from utils.result_files import MetricsLog
-from utils.run_folder import EARLIER_DEFAULTS
 from utils.stopping import StopRequest
+from utils.stored_config import EARLIER_DEFAULTS
 from utils.trained_state import fitting_state
 
 logger = logging.getLogger(__name__)
