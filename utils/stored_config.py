@@ -34,7 +34,7 @@ def read_stored_config(path: Path) -> dict:
     Raises:
         DamagedFile: it is no YAML of settings, of an unknown host, or a setting has a value that its flag does not take.
     """
-    source = Source(path, "run folder", "remove the folder or choose another --save_name")
+    source = Source(path, "run folder", "correct that file, or choose another --save_name")
     stored = read_yaml(source)
     host = stored.get("host", INP_FORMER.name)
     if not isinstance(host, str) or host not in HOSTS:
