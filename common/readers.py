@@ -51,7 +51,7 @@ class Source:
         try:
             check(content, "")
         except ValueError as error:
-            raise self.damaged(f"is another than it was written: {error}") from error
+            raise self.damaged(f"does not hold what it should: {error}") from error
         return content
 
 

@@ -13,6 +13,8 @@ from PIL import ExifTags, Image, ImageOps
 from common.errors import UserError
 from common.readers import brief
 
+warnings.filterwarnings("ignore", module=r"PIL\.")  # of odd metadata and palettes, in the middle of a progress bar
+
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"}
 # What those suffixes mean. PIL knows forty more formats, of which some start other programs (EPS: Ghostscript), and tries them
 # all whatever a file's name. JPEG includes MPO, a telephone's photograph with a preview behind it.
@@ -38,9 +40,7 @@ def list_images(folder: Path) -> list[Path]:
 def _errors_of(path: Path, reason: str) -> Iterator[None]:
     """Turn what PIL raises into a sentence; there is no list of it, as its decoders trust what a header says."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # PIL's, of odd metadata and palettes, in the middle of a progress bar
-            yield
+        yield
     except UserError:
         raise
     except MemoryError as error:  # of a length in the file, more likely than of as many pixels as are allowed

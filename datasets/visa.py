@@ -47,7 +47,11 @@ def _prepared_root(root: Path) -> Path | None:
 
 
 def _lines(path: Path) -> list[Line]:
-    return read_table(index_source(path, "VisA split"), _COLUMNS, further=True, own=False)[1]
+    source = index_source(path, "VisA split")
+    names, lines = read_table(source, (), further=True, own=False)
+    if not set(_COLUMNS) <= set(names):
+        raise source.damaged(f"has unknown columns in line 1; it must have the columns {','.join(_COLUMNS)}")
+    return lines
 
 
 def _rows(root: Path, item: str, split: str) -> list[_Row]:
@@ -73,7 +77,7 @@ def _rows(root: Path, item: str, split: str) -> list[_Row]:
 
 def _listed(rows: list[_Row], item: str, options: ListingOptions) -> list[Record]:
     """Records in order of label and file name, as the prepared folders give them."""
-    absent = [row.image for row in rows if not os.path.isfile(row.image)]
+    absent = {row.image: None for row in rows if not os.path.isfile(row.image)}
     if absent:
         options.on_fault(f"{len(absent)} VisA images of {item!r} are missing: {enumerated(absent)}; unpack the data set again")
     records = []

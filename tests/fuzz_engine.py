@@ -352,6 +352,7 @@ class _Child:
         os.ftruncate(self.printed, 0)
         with warnings.catch_warnings(record=True) as warned:
             warnings.simplefilter("always")
+            warnings.filterwarnings("ignore", module=r"PIL\.")  # as `datasets.images` has it
             for category in _QUIET:
                 warnings.simplefilter("ignore", category)
             self.watching = True

@@ -114,7 +114,7 @@ IMAGE, BAD, MASK = (
         ([HEADER, ("candle", "valid", "normal", IMAGE, "")], "split 'valid'"),
         ([HEADER, ("candle", "test", "normal")], r"line 2 of .* has 3 of 5 cells"),
         ([HEADER, ("candle", "train", "normal", IMAGE, "")], "has no test images of 'candle'"),
-        ([HEADER[:4], ("candle", "test", "normal", IMAGE)], "must begin with the line object,split"),
+        ([HEADER[:4], ("candle", "test", "normal", IMAGE)], "must have the columns object,split"),
         ([], "is empty"),
         ([HEADER, ("candle", "test", "normal", "x" * 200_000, "")], "is no csv"),
         ([HEADER, ("candle", "test", "normal", "candle/gone.JPG", "")], r"1 VisA images of 'candle' are missing: .*gone\.JPG"),
@@ -127,6 +127,15 @@ def test_visa_csv_is_untrusted(tmp_path, lines, message):
     write_visa_split(root, lines)
     with pytest.raises(UserError, match=message):
         LAYOUTS["VisA"].test(root, "candle", ListingOptions())
+
+
+def test_columns_of_a_visa_csv_may_stand_in_any_order(tmp_path):
+    root = make_visa_downloaded(tmp_path)
+    rows = [HEADER, ("candle", "test", "anomaly", BAD, MASK)]
+    write_visa_split(root, rows)
+    expected = LAYOUTS["VisA"].test(root, "candle", ListingOptions())
+    write_visa_split(root, [("", *reversed(HEADER)), *(("0", *reversed(row)) for row in rows[1:])])
+    assert LAYOUTS["VisA"].test(root, "candle", ListingOptions()) == expected
 
 
 def test_visa_trains_on_no_defective_image(tmp_path):

@@ -244,6 +244,13 @@ def test_a_state_is_loaded_into_an_optimizer_of_the_same_numbers():
     assert {key: value["step"] for key, value in fresh.state_dict()["state"].items()} == {0: 2, 1: 2, 2: 2}
 
 
+def test_a_setting_that_is_newer_than_the_state_keeps_its_value():
+    fresh, state = _state_of_two_steps()
+    fresh.param_groups[0]["new"] = True
+    load_optimizer(fresh, state, Path("last.pth"))
+    assert fresh.param_groups[0]["new"] is True
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [

@@ -111,7 +111,8 @@ def load_optimizer(optimizer: Optimizer, stored: dict, path: Path) -> None:
         number: {name: value.clone() if isinstance(value, Tensor) else value for name, value in state.items()}
         for number, state in stored["state"].items()
     }  # in a file two of them may be one memory
-    optimizer.load_state_dict({**stored, "state": moments})
+    groups = [{**group, **found} for group, found in zip(optimizer.param_groups, stored["param_groups"], strict=True)]
+    optimizer.load_state_dict({"state": moments, "param_groups": groups})
 
 
 def _any_mapping(value: object, name: str) -> None:
@@ -126,8 +127,8 @@ def _check_group(group: dict, found: dict, start: int) -> None:
     for name, value in group.items():
         if name == "lr":  # which is set anew before each step
             real(0)(found.get(name), "lr")
-        elif name != "params" and found.get(name) != value:
-            raise expected(name, repr(value), found.get(name))
+        elif name != "params" and found.get(name, value) != value:  # a later torch has further settings
+            raise expected(name, repr(value), found[name])
 
 
 def _check_moments(state: object, parameter: Tensor | None, number: object, moments: tuple[str, ...]) -> None:

@@ -43,7 +43,7 @@ def read_stored_config(path: Path) -> dict:
     own = _own_flags(host)
     for name, value in stored.items():
         if name in actions and not _fits(actions[name], value, may_be_none=name in own):
-            raise source.damaged(f"has {name} {value!r:.50}")
+            raise source.damaged(f"has {name} {value!r:.50}, which this version does not take")
     return stored
 
 
