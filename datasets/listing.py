@@ -50,8 +50,8 @@ def leaves_folder(name: str) -> bool:
 
 
 def has_control_characters(name: str) -> bool:
-    """True for a name with line ends, escape sequences or bytes that are no text, which could forge lines of a log."""
-    return any(unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") for character in name)
+    """True for a name with line ends or escape sequences, which could forge lines of a log."""
+    return any(unicodedata.category(character) in ("Cc", "Zl", "Zp") for character in name)
 
 
 def joined(folder: Path, name: str, where: str) -> Path:

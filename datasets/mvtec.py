@@ -28,7 +28,7 @@ def discover_categories(root: Path) -> list[str]:
     for name in found:
         if "\\" in name or has_control_characters(name):  # a backslash separates folders on other systems
             raise UserError(
-                f"category {name!r} in {str(root)!r}: rename it, a category must not contain a backslash, control characters or bytes that are no UTF-8"
+                f"category {name!r} in {str(root)!r}: rename it, a category must not contain a backslash or control characters"
             )
     return found
 

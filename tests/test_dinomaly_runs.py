@@ -212,7 +212,7 @@ def test_another_network_than_the_checkpoints_is_refused(runs, refused, flags, d
         (("--sab", "mixed"), "--sab mixed binarizes attention maps and linear attention has none"),
         (("--sab", "binary", "--phase", "test"), "give --decoder_attention softmax"),
         (("--phase", "test", "--force_gate", "0"), "--force_gate is for --phase test of a model with gates"),
-        (("--INP_num", "6"), "unrecognized arguments: --INP_num 6"),
+        (("--INP_num", "6"), "unknown flag '--INP_num'"),
         (("--clb_stage", "2"), f"--load_checkpoint NAME (its save_name, by default {MULTI})"),
         (("--phase", "test", "--scoring", "prototype"), "prototype"),
     ],
@@ -228,7 +228,7 @@ def test_runs_of_the_other_host_are_refused(runs, refused, script, other):
     folder = runs.folder(other)
     hosts = ("Dinomaly", "INP-Former") if script is Binary_Dinomaly else ("INP-Former", "Dinomaly")
     sentence = refused("--config", str(folder / "config.yaml"), script=script)
-    assert "config.yaml' is of a run on {1}, this script trains {0};".format(*hosts) in sentence
+    assert "config.yaml' is of a run on '{1}', this script trains {0};".format(*hosts) in sentence
     stage_2 = (*ITERATIONS, "--clb_stage", "2", "--save_name", "other-host", "--load_checkpoint")
     sentence = refused(*stage_2, str(folder / "model.pth"), script=script)
     assert "model.pth' is a model of {1}, this script is for {0};".format(*hosts) in sentence

@@ -15,6 +15,7 @@ from common.c_library import find_compiler
 from models.selective_scan import selective_scan
 from tests.entry_scripts import VARAD
 from tests.miniature import save, texture
+from tests.packed_files import DECISION
 from tests.test_c_library import REPLACED, poison, script
 from tests.test_kernels import OPERATORS, example, results
 from tests.test_prediction import metadata
@@ -50,7 +51,7 @@ def predict(commands, tmp_path):
     said = metadata()
     content = {**content_of(2, 1, "mixed"), "protocol": said["protocol"], "calibration": said["calibration"]}
     model = tmp_path / "model.binaryad"
-    model.write_bytes(packed_bytes(packed, FLOAT, describe(packed, content, said["decision"], said["preprocessing"])))
+    model.write_bytes(packed_bytes(packed, FLOAT, describe(packed, content, DECISION, said["preprocessing"])))
 
     def run(variables: dict[str, str]):
         words = ("scripts.predict", "--model", str(model), "--input", str(tmp_path / "photos"))

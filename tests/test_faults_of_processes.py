@@ -86,7 +86,8 @@ def test_what_argparse_refuses_is_one_sentence(commands, flags, sentence):
 def test_signal_while_libraries_are_imported_ends_without_a_traceback(number, words):
     """The importing of torch, which takes seconds, is where the signal arrives."""
     bootstrap = f"""
-import os, runpy, sys
+import os, runpy, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that starts the tests in the background has it ignored
 class Interrupting:
     def find_spec(self, name, path=None, target=None):
         if name == "torch":

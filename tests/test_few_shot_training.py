@@ -37,7 +37,7 @@ def test_one_model_of_all_variants_of_the_chosen_images(train_few, tmp_path, dat
     assert [line["iteration"] for line in lines if line["kind"] == "training"][-1] == 2 * 2 * 22 // 4
     assert [row["item"] for row in csv.DictReader((folder / "results.csv").open())] == [*ITEMS, "Mean"]
     log = capsys.readouterr().err
-    assert all(f"{item}: trains on {path}" in log for item, path in files)
+    assert all(f"{item}: trains on {path!r}" in log for item, path in files)
 
 
 def test_same_command_gives_the_same_files(train_few, tmp_path, data):

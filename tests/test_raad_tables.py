@@ -102,7 +102,7 @@ def test_what_is_wrong_with_a_published_row_is_said():
 def test_a_host_that_there_is_not_is_refused(tmp_path):
     path = tmp_path / "published.csv"
     path.write_text(PUBLISHED_FILE.read_text().replace('table 9",RAAD,', 'table 9",RADD,', 1))
-    with pytest.raises(UserError, match=r"line \d+: host 'RADD' is none of INP-Former Dinomaly VarAD RAAD"):
+    with pytest.raises(UserError, match=r"line \d+ of .*host 'RADD' is none of INP-Former Dinomaly VarAD RAAD"):
         read_published(path)
 
 

@@ -169,7 +169,7 @@ def test_a_run_of_an_unknown_host_is_refused(tmp_path):
     folder = make_run(tmp_path, ROWS)
     path = folder / "config.yaml"
     path.write_text(path.read_text().replace("host: INP-Former", "host: UniAD"))
-    with pytest.raises(UserError, match=f"{folder}' is a run of 'UniAD'; known hosts are INP-Former Dinomaly"):
+    with pytest.raises(UserError, match=f"{folder}/config.yaml' is of a run of 'UniAD'; known hosts are INP-Former Dinomaly"):
         compare_runs([folder])
 
 
