@@ -47,6 +47,7 @@ FOUND = [
     ("timing.json reported", 83),  # a text that no file can hold
     ("timing.json reported", 129),  # less than no time
     ("pixel_errors.csv resumed", 86),  # an error of 150 %
+    ("results.csv reported", 435),  # a category that no folder can be called
     ("image .png RGB", 450),  # a second orientation behind the pixels
     ("image .tif RGB", 471),  # PIL logs what it raises
     ("mask .png", 561),  # a length of gigabytes

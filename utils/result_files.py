@@ -25,6 +25,7 @@ Row = dict[str, float | None]
 
 _FRACTION = re.compile(r"0\.\d{4}|1\.0000")
 _MEAN = "Mean"
+_LONGEST_NAME = 255  # bytes of a folder's name, on common file systems
 _SECONDS_BETWEEN_TABLES = 10
 _SCORE_COLUMNS = ("path", "item", "label", "score")
 _ANY_LINE = schema.fields({"item": schema.text, "kind": schema.text}, unknown=True)  # of metrics.jsonl
@@ -86,8 +87,12 @@ def _by_item(source: Source, lines: list[Line]) -> Iterator[tuple[str, Line]]:
     seen = set()
     for line in lines:
         item = line.cells["item"].removeprefix("'")
-        if not item or leaves_folder(item):
-            raise source.damaged(f"has {item!r} where a category should be", line.place)
+        if (
+            not item
+            or leaves_folder(item)
+            or any(len(part.encode("utf-8", "surrogateescape")) > _LONGEST_NAME for part in item.split("/"))
+        ):
+            raise source.damaged(f"has {item!r:.100} where a category should be", line.place)
         if item in seen:
             raise source.damaged(f"has {item!r} a second time", line.place)
         seen.add(item)
