@@ -9,10 +9,11 @@ from timm.models.vision_transformer import VisionTransformer
 
 from common.errors import UserError
 from models.dinomaly import Dinomaly, DinomalyOptions
-from models.encoder import FrozenEncoder, find_weights, load_encoder_weights, state_sha256, to_timm_names
+from models.encoder import FrozenEncoder, find_weights, load_encoder_weights, to_timm_names
 from models.inp_former import INPFormer
 from models.patch_description import TEACHER_CHANNELS
 from models.varad import VarAD, VarADOptions
+from models.weight_files import state_sha256
 
 Taps = Literal["middle", "thirds"]  # eight blocks as they are; the ends of three equal parts, each with the final norm
 

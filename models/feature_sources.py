@@ -17,8 +17,8 @@ from torchvision.models import Wide_ResNet101_2_Weights, wide_resnet101_2
 
 from common.errors import UserError
 from models.build import ENCODERS, build_encoder
-from models.encoder import LOCAL_WEIGHTS_FOLDER, FrozenEncoder, state_sha256
-from models.weight_files import check_file_hash, read_state_dict
+from models.encoder import LOCAL_WEIGHTS_FOLDER, FrozenEncoder
+from models.weight_files import check_file_hash, read_state_dict, state_sha256
 
 EFFICIENTNET_LITE0 = "efficientnet_lite0"
 WIDE_RESNET = "wide_resnet101_2"

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError
-from models.encoder import LOCAL_WEIGHTS_FOLDER, state_sha256
+from models.encoder import LOCAL_WEIGHTS_FOLDER
 from models.patch_description import SIZES, TEACHER_CHANNELS, FrozenTeacher, PatchDescriptionNetwork
-from models.weight_files import read_state_dict
+from models.weight_files import read_state_dict, state_sha256
 
 RANDOM_TEACHER = "random"
 

@@ -13,8 +13,9 @@ import Binary_Dinomaly
 import Binary_INP_Few_Shot
 import Binary_INP_Multi_Class
 import Binary_INP_Single_Class
+from common.c_library import find_compiler
 from models.build import RANDOM_TINY_ENCODER, build_encoder, build_inp_former
-from models.encoder import state_sha256
+from models.weight_files import state_sha256
 from tests.commands import Commands
 from tests.miniature import TINY_FLAGS, make_mvtec
 
@@ -73,6 +74,15 @@ def train_few(train):
 def train_dinomaly(train):
     """`train` with Dinomaly's script."""
     return partial(train, script=Binary_Dinomaly)
+
+
+@pytest.fixture(scope="session")
+def compiler() -> str:
+    """The system's C compiler."""
+    found = find_compiler()
+    if found is None:
+        pytest.skip("there is no C compiler")
+    return found
 
 
 @pytest.fixture(scope="session")

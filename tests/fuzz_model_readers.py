@@ -22,9 +22,10 @@ from datasets.records import ImageDataset, Record
 from models.build import RANDOM_TINY_ENCODER
 from models.detector import Detector
 from models.efficientad import EfficientAD
-from models.encoder import load_encoder_weights, read_weights_file, state_sha256
+from models.encoder import load_encoder_weights, read_weights_file
 from models.patch_description import TEACHER_CHANNELS, PatchDescriptionNetwork
 from models.teacher import build_teacher
+from models.weight_files import state_sha256
 from tests.fuzz_engine import Reader
 from tests.miniature import save, texture
 from tests.raad_models import detector_of

@@ -16,7 +16,7 @@ from random import Random
 
 import pytest
 
-from common.c_library import compile_sources, find_compiler, open_library
+from common.c_library import compile_sources, open_library
 from tests.conftest import REPOSITORY
 
 SOURCE = "int answer(void) { return 42; }\n"
@@ -29,15 +29,6 @@ from common.c_library import open_library
 logging.basicConfig(format="%(message)s")
 print(open_library("answer", [Path(sys.argv[1])], "answers").answer())
 """
-
-
-@pytest.fixture(scope="module")
-def compiler() -> str:
-    """The system's C compiler."""
-    found = find_compiler()
-    if found is None:
-        pytest.skip("there is no C compiler")
-    return found
 
 
 @pytest.fixture

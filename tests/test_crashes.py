@@ -1,12 +1,25 @@
 """Trainings that are killed and resumed leave the files of an uninterrupted one, and a broken protection is seen."""
 
+import signal
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
 
-from scripts import benchmark_crashes
-from scripts.benchmark_crashes import BEFORE_SAVE, BETWEEN, EVALUATION, LAST, MODEL, OTHER, Moment, Training, crash_at
+from scripts.benchmark_crashes import Outcome, uninterrupted
+from scripts.killed_trainings import (
+    BEFORE_SAVE,
+    BETWEEN,
+    EVALUATION,
+    LAST,
+    MODEL,
+    OTHER,
+    PATIENCE,
+    Moment,
+    Training,
+    make_images,
+)
 from utils import checkpoint, run_lock
 
 KILLS = (Moment(BEFORE_SAVE), Moment(LAST, 2), Moment(BETWEEN), Moment(MODEL), Moment(EVALUATION))
@@ -16,8 +29,8 @@ KILLS = (Moment(BEFORE_SAVE), Moment(LAST, 2), Moment(BETWEEN), Moment(MODEL), M
 def reference(tmp_path_factory):
     """Results of an uninterrupted training."""
     root = tmp_path_factory.mktemp("crashes")
-    benchmark_crashes.make_images(root / "data")
-    results, _ = benchmark_crashes.uninterrupted(Training(root / "whole"))
+    make_images(root / "data")
+    results, _ = uninterrupted(Training(root / "whole"))
     assert [Path(name).name for name in results] == ["model.pth", "scores.csv", "results.csv"]
     return root, results
 
@@ -29,6 +42,22 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+def crash_at(moments: Sequence[Moment], training: Training, reference: dict[str, bytes]) -> Outcome:
+    """Let a training kill itself at one moment after the other, resuming it each time, and then let it finish."""
+    outcome = Outcome()
+    for moment in moments:
+        command = training.start(moment)
+        if not command.wait(PATIENCE):
+            command.end()
+        outcome.kills[moment.place] += 1
+        outcome.check_stop(command, {-signal.SIGKILL})
+    command = training.start()
+    if not command.wait(PATIENCE):
+        command.end()
+    outcome.check_end(command, reference)
+    return outcome
 
 
 def test_kills_at_distinct_places_change_nothing(reference):

@@ -11,7 +11,6 @@ import torch
 
 from binarize.kernels import engine
 from binarize.kernels.library import load_library
-from common.c_library import find_compiler
 from models.selective_scan import selective_scan
 from tests.entry_scripts import VARAD
 from tests.miniature import save, texture
@@ -25,15 +24,6 @@ from utils.agreement import packed_copy
 from utils.packed_model import describe, packed_bytes
 
 WITHOUT_COMPILER = {"CC": "", "PATH": ""}
-
-
-@pytest.fixture
-def compiler() -> str:
-    """The system's C compiler."""
-    found = find_compiler()
-    if found is None:
-        pytest.skip("there is no C compiler")
-    return found
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 
-from scripts.benchmark_crashes import members_of_session
+from scripts.killed_trainings import members_of_session
 from tests.command_server import ENTRY_SCRIPTS
 from tests.conftest import REPOSITORY
 from tests.entry_scripts import ALL, DINOMALY, INP_SINGLE, RAAD, VARAD
@@ -220,10 +220,14 @@ def test_batch_is_halved_where_an_evaluation_has_too_little_memory(commands, tmp
 
 @every_host
 def test_training_with_too_little_memory_says_what_to_lower(commands, tmp_path, mvtec, script):
-    for fault in (plug("no_device_memory", "training"), plug("no_memory")):
+    faults = {
+        plug("no_device_memory", "training"): r"out of device memory with --batch_size \d; lower it \(results change with it\)",
+        plug("no_memory"): r"out of memory; lower --batch_size",
+    }
+    for fault, advice in faults.items():
         finished = commands.run(*script.words(tmp_path, mvtec, "--overwrite"), plug=fault)
         assert finished.code == 4, finished.err
-        assert re.search(r"out of (device )?memory.* --batch_size", finished.sentence)
+        assert re.search(advice, finished.sentence)
 
 
 @every_host

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts.benchmark_crashes import members_of_session
+from scripts.killed_trainings import members_of_session
 from tests.entry_scripts import DINOMALY, INP_SINGLE, RAAD, VARAD, EntryScript
 from tests.miniature import make_mvtec
 from tests.test_faults_of_processes import every_host, plug

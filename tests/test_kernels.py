@@ -59,15 +59,6 @@ UNOPTIMISED = ["-O0"]  # compiles ten times faster
 
 
 @pytest.fixture(scope="module")
-def compiler() -> str:
-    """The system's C compiler."""
-    found = find_compiler()
-    if found is None:
-        pytest.skip("there is no C compiler")
-    return found
-
-
-@pytest.fixture(scope="module")
 def kernels(compiler):
     """The compiled kernels as users get them."""
     return load_library()

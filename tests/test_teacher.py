@@ -10,7 +10,6 @@ from torchvision.models import wide_resnet101_2
 
 import models.teacher
 from common.errors import UserError
-from models.encoder import state_sha256
 from models.feature_sources import (
     EFFICIENTNET_LITE0_FILE,
     FeatureSource,
@@ -20,6 +19,7 @@ from models.feature_sources import (
 )
 from models.patch_description import TEACHER_CHANNELS, PatchDescriptionNetwork
 from models.teacher import build_teacher
+from models.weight_files import state_sha256
 
 PLACES = {"tiny": (0, 3, 6, 8), "small": (0, 3, 6, 8), "medium": (0, 3, 6, 8, 10, 12)}
 
