@@ -28,9 +28,9 @@ from pathlib import Path
 
 import torch
 
-from scripts.killed_trainings import PATIENCE, PLACES, SYSTEMS, Command, Training, make_images
 from utils.command import run_command
 from utils.converters import number
+from utils.killed_trainings import PATIENCE, PLACES, SYSTEMS, Command, Training, make_images
 from utils.parser import tool_parser
 from utils.tables import format_rows
 from utils.timing import describe_machine

@@ -4,9 +4,10 @@ Each command is a process of its own, in a session of its own, that begins and e
 environment, folder, output files, exit code, handlers at exit. What it shares with its siblings is only what importing leaves
 behind; a variable that a library reads while it is imported (HF_HUB_OFFLINE, OMP_NUM_THREADS) is the server's.
 
-Protocol over the Unix socket whose path is the only argument, one connection per command: the client sends one line of JSON
+Protocol over the Unix socket whose path is the first argument, one connection per command: the client sends one line of JSON
 (`words`, `folder`, `environment`, `output`, `errors`, `plug`), the server answers with the process number and, in the end, with
-the exit code, negative for a signal. It ends when its standard input does.
+the exit code, negative for a signal. It ends when its standard input does. The second argument is the folder of counted costs
+(see `tests.remembered_costs`).
 """
 
 import atexit
@@ -97,6 +98,7 @@ def main() -> None:
     for name in (*ENTRY_SCRIPTS, *(f"scripts.{tool}" for tool in TOOLS)):
         importlib.import_module(name)
         del sys.modules[name]  # the command runs it anew, as its main module
+    importlib.import_module("tests.remembered_costs").remember_costs(Path(sys.argv[2]))
     gc.freeze()  # a collection in a command must not touch, and so copy, what all share
     request = serve(sys.argv[1])
     if request is not None:

@@ -63,11 +63,12 @@ class Running:
 class Commands:
     """Starts commands by a server (see `tests.command_server`), which lives as long as the tests."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, costs: Path):
+        """The folder of the commands' output, and that of counted costs (see `tests.remembered_costs`)."""
         self._folder, self._count = folder, 0
         self._started: list[Running] = []
         self._server = subprocess.Popen(
-            [sys.executable, str(REPOSITORY / "tests" / "command_server.py"), str(folder / "socket")],
+            [sys.executable, str(REPOSITORY / "tests" / "command_server.py"), str(folder / "socket"), str(costs)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

@@ -18,8 +18,17 @@ from models.build import RANDOM_TINY_ENCODER, build_encoder, build_inp_former
 from models.weight_files import state_sha256
 from tests.commands import Commands
 from tests.miniature import TINY_FLAGS, make_mvtec
+from tests.remembered_costs import remember_costs
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session", autouse=True)
+def counted_costs(tmp_path_factory) -> Path:
+    """Where costs that were counted are remembered."""
+    folder = tmp_path_factory.mktemp("costs")
+    remember_costs(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")
@@ -86,9 +95,9 @@ def compiler() -> str:
 
 
 @pytest.fixture(scope="session")
-def commands(tmp_path_factory):
+def commands(tmp_path_factory, counted_costs):
     """Real commands, forked from a process that has imported everything (see `tests.commands`)."""
-    started = Commands(tmp_path_factory.mktemp("commands"))
+    started = Commands(tmp_path_factory.mktemp("commands"), counted_costs)
     yield started
     started.close()
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from scripts.benchmark_crashes import Outcome, uninterrupted
-from scripts.killed_trainings import (
+from utils import checkpoint, run_lock
+from utils.killed_trainings import (
     BEFORE_SAVE,
     BETWEEN,
     EVALUATION,
@@ -20,7 +21,6 @@ from scripts.killed_trainings import (
     Training,
     make_images,
 )
-from utils import checkpoint, run_lock
 
 KILLS = (Moment(BEFORE_SAVE), Moment(LAST, 2), Moment(BETWEEN), Moment(MODEL), Moment(EVALUATION))
 

@@ -13,7 +13,6 @@ from models.dinomaly import Dinomaly
 from models.inp_former import INPFormer
 from tests.conftest import command_line, run_folder
 from tests.miniature import make_mvtec
-from utils import train_phase
 
 ITERATIONS = 10
 TRAIN, TEST, PATCHES, CHANNELS = 8, 4, 16, 32
@@ -29,9 +28,8 @@ OTHER_OPTIONS = [
 
 @pytest.fixture
 def learn(tmp_path, monkeypatch):
-    """Train with a log line for every iteration and without a count of the cost; returns the losses."""
+    """Train with a log line for every iteration; returns the losses."""
     monkeypatch.setattr("utils.settings._LOG_EVERY", 1)
-    monkeypatch.setattr(train_phase, "count_cost", lambda *_: None)
     data = make_mvtec(tmp_path / "data", train=TRAIN, good=TEST // 2, defective=TEST // 2)
 
     def call(save_name: str, *flags: str, script=Binary_Dinomaly) -> np.ndarray:

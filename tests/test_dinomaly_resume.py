@@ -11,7 +11,6 @@ import yaml
 from tests.conftest import run_folder
 from tests.miniature import make_mvtec
 from tests.test_resume import assert_same, stop_after
-from utils import train_phase
 from utils.checkpoint import load_checkpoint
 
 ITERATIONS = 7  # 10 images in batches of 4: the run stops in the middle of an epoch
@@ -30,9 +29,8 @@ OPTIONS = {
 
 @pytest.fixture
 def learn(train_dinomaly, tmp_path, monkeypatch) -> Callable[..., int]:
-    """Train `dinomaly-NAME` with a log line for every iteration and without a count of the cost; returns the exit code."""
+    """Train `dinomaly-NAME` with a log line for every iteration; returns the exit code."""
     monkeypatch.setattr("utils.settings._LOG_EVERY", 1)
-    monkeypatch.setattr(train_phase, "count_cost", lambda *_: None)
     data = make_mvtec(tmp_path / "data", train=10, good=2, defective=2)
 
     def call(name: str, *flags: str) -> int:

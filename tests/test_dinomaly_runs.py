@@ -56,12 +56,6 @@ def runs(tmp_path_factory) -> Runs:
 
 
 @pytest.fixture
-def uncounted(monkeypatch):
-    """The cost of a network does not matter here, and takes a third of such a training."""
-    monkeypatch.setattr(train_phase, "count_cost", lambda *_: None)
-
-
-@pytest.fixture
 def refused(runs, capsys):
     """Call the script with flags that it must refuse before it writes anything; returns its one sentence."""
 
@@ -121,7 +115,7 @@ def test_multi_class_is_the_default_and_its_stages_follow_each_other(runs, stage
     assert "Dinomaly" in (folder / "report.html").read_text()
 
 
-def test_stage_2_from_a_file_is_that_from_a_name(runs, uncounted):
+def test_stage_2_from_a_file_is_that_from_a_name(runs):
     flags = ("--clb_stage", "2", "--load_checkpoint", str(runs.folder(MULTI) / "model.pth"), "--save_name", "dinomaly-file")
     assert runs.call(*ITERATIONS, *flags) == 0
     files = (runs.folder(name) / "model.pth" for name in ("dinomaly-file", f"{MULTI}-CLB2"))
@@ -138,21 +132,21 @@ def test_the_test_phase_repeats_the_numbers_of_the_training(runs):
     assert [table.read_bytes() for table in tables] == kept
 
 
-def test_single_class_trains_a_model_for_every_category(runs, uncounted):
+def test_single_class_trains_a_model_for_every_category(runs):
     setting = (*ITERATIONS, "--setting", "single")
     assert runs.call(*setting, "--clb_stage", "1") == 0
     assert runs.call(*setting, "--clb_stage", "2", "--load_checkpoint", SINGLE) == 0
     for stage, save_name in ((1, SINGLE), (2, f"{SINGLE}-CLB2")):
         folder = runs.folder(save_name)
         check_results(folder)
-        assert {path.name for path in folder.iterdir()} == {*RUN_FILES, *ITEMS} - {"cost.json"}
+        assert {path.name for path in folder.iterdir()} == {*RUN_FILES, *ITEMS}
         contents = [load_checkpoint(folder / item / "model.pth") for item in ITEMS]
         assert [(content["item"], content["stage"]) for content in contents] == [(item, stage) for item in ITEMS]
         assert not torch.equal(*(content["model"]["bottleneck.0.fc1.weight"] for content in contents))
 
 
 @pytest.mark.parametrize("per_category", [False, True])
-def test_few_shot_trains_one_model_for_all_or_one_for_each(runs, uncounted, per_category):
+def test_few_shot_trains_one_model_for_all_or_one_for_each(runs, per_category):
     setting = (*ITERATIONS, "--setting", "few", "--shot", "1", *(["--per_category"] if per_category else []))
     name = f"{FEW}-Per-Category" if per_category else FEW
     assert runs.call(*setting, "--clb_stage", "1") == 0
@@ -166,7 +160,7 @@ def test_few_shot_trains_one_model_for_all_or_one_for_each(runs, uncounted, per_
     assert runs.call(*stage_2, "--item", "nut") == (0 if per_category else 2)  # one of other categories is no start
 
 
-def test_dropout_and_mining_of_stage_2_are_its_own(runs, uncounted, monkeypatch):
+def test_dropout_and_mining_of_stage_2_are_its_own(runs, monkeypatch):
     trained = []
 
     def stop_at_once(detector, *_):
@@ -234,7 +228,7 @@ def test_runs_of_the_other_host_are_refused(runs, refused, script, other):
     assert "model.pth' is a model of {1}, this script is for {0};".format(*hosts) in sentence
 
 
-def test_an_inp_run_from_before_there_were_two_hosts_is_tested_and_goes_on(runs, uncounted):
+def test_an_inp_run_from_before_there_were_two_hosts_is_tested_and_goes_on(runs):
     """Its files name no host in the configuration and no epsilon."""
     folder = runs.folder(INP)
     kept = (folder / "results.csv").read_bytes()

@@ -10,12 +10,12 @@ import sys
 import pytest
 import torch
 
-from scripts.killed_trainings import members_of_session
 from tests.command_server import ENTRY_SCRIPTS
 from tests.conftest import REPOSITORY
 from tests.entry_scripts import ALL, DINOMALY, INP_SINGLE, RAAD, VARAD
 from tests.miniature import make_mvtec
 from utils.checkpoint import load_checkpoint
+from utils.killed_trainings import members_of_session
 
 PLUGS = "tests.plugs_of_processes"
 TOOLS = sorted(path.stem for path in (REPOSITORY / "scripts").glob("*.py") if path.stem != "__init__")
@@ -103,14 +103,29 @@ runpy.run_path(words[0], run_name="__main__") if len(words) == 1 else runpy.run_
 
 
 @pytest.mark.parametrize("first_word", ["-c", "own_line.py", "-m"])
-def test_a_program_that_imports_our_packages_keeps_its_signal_handlers(first_word):
+def test_a_program_that_imports_our_packages_keeps_its_signal_handlers_and_its_garbage_collector(first_word):
     bootstrap = f"""
-import signal, sys
+import gc, signal, sys
 before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
 sys.argv = [{first_word!r}]
 import common.startup
 common.startup.prepare_start()
 assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+assert gc.isenabled()
+"""
+    finished = subprocess.run([sys.executable, "-c", bootstrap], cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
+    assert (finished.returncode, finished.stderr) == (0, "")
+
+
+def test_garbage_is_collected_again_once_everything_is_imported():
+    bootstrap = """
+import gc, sys
+sys.argv = ["VarAD.py"]
+import common.startup
+common.startup.prepare_start()
+assert not gc.isenabled()
+common.startup.end_start()
+assert gc.isenabled() and gc.get_freeze_count() > 0
 """
     finished = subprocess.run([sys.executable, "-c", bootstrap], cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
     assert (finished.returncode, finished.stderr) == (0, "")

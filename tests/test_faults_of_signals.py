@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from scripts.killed_trainings import members_of_session
 from tests.entry_scripts import DINOMALY, INP_SINGLE, RAAD, VARAD, EntryScript
 from tests.miniature import make_mvtec
 from tests.test_faults_of_processes import every_host, plug
 from utils.checkpoint import load_checkpoint
+from utils.killed_trainings import members_of_session
 
 OF_ITS_TIME = ("env.json", "log.txt", "metrics.jsonl")  # they say when a command ran, and how long it took
 ALL_STAGES = (

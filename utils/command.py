@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 from common.errors import CommandError, Interrupted, ResourceError
+from common.startup import end_start
 from utils.arguments import parse
 from utils.distributed import PeerLost, announcement, is_loss_of_peer, is_main, process_group, started_processes
 from utils.logs import log_to_terminal
@@ -32,6 +33,7 @@ def run_command(parser: argparse.ArgumentParser, argv: Sequence[str] | None, wor
     Under torchrun every process does the work, joined in a process group; a failure is printed once.
     """
     arguments = None
+    end_start()
     protect_standard_streams()
     with _interruptible():
         try:
