@@ -4,6 +4,7 @@ import atexit
 import ctypes
 import errno
 import fcntl
+import multiprocessing.synchronize
 import os
 import pty
 import shutil
@@ -159,7 +160,8 @@ def signal_in(work: str, number: str, name: str, target: str, calls: str = "1") 
     """A signal arrives in call `number` of some work and in the calls after it, `calls` in all.
 
     Args:
-        work: training, evaluation, saving, quantization, or loading: the beginning of a loader process.
+        work: training, evaluation, saving, quantization, or loading and unloading: the beginning of a loader process and the
+            end of all of them.
         name: of the signal. target: process or group.
     """
     counter = iter(range(1, 1_000_000))
@@ -182,6 +184,7 @@ def signal_in(work: str, number: str, name: str, target: str, calls: str = "1") 
         "training": (utils.training, "_backward"),
         "saving": (torch, "save"),
         "loading": (utils.loading, "_outlast_signals"),
+        "unloading": (multiprocessing.synchronize.Event, "set"),
         "quantization": (quantize.reconstruction, "_minimise"),
     }[work]
     original = getattr(module, function)

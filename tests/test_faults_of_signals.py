@@ -82,6 +82,7 @@ def test_number_of_loader_processes_changes_nothing(place):
         (INP_SINGLE, "training", 3, "SIGINT", "group", 2),
         (INP_SINGLE, "training", 3, "SIGTERM", "group", 2),
         (INP_SINGLE, "loading", 1, "SIGTERM", "group", 2),
+        (INP_SINGLE, "unloading", 1, "SIGTERM", "group", 2),
         (INP_SINGLE, "evaluation", 1, "SIGTERM", "process", 0),
         (INP_SINGLE, "evaluation", 3, "SIGTERM", "group", 2),
         (RAAD, "quantization", 2, "SIGTERM", "group", 2),

@@ -28,6 +28,7 @@ def loaded_batches(data: Dataset, num_workers: int, **options) -> Iterator[Itera
     iterator = None
     try:
         with _signals_held():
+            options["persistent_workers"] = num_workers > 0  # so that they end below alone, and not with the last batch
             iterator = iter(DataLoader(data, num_workers=num_workers, worker_init_fn=_outlast_signals, **options))
         yield iterator
     except RuntimeError as error:
@@ -40,17 +41,30 @@ def loaded_batches(data: Dataset, num_workers: int, **options) -> Iterator[Itera
         ) from error
     finally:
         if num_workers and iterator is not None:
-            iterator._shutdown_workers()
+            with _signals_held():  # broken off halfway, it leaves workers that nobody tells to end
+                iterator._shutdown_workers()
 
 
 @contextmanager
 def _signals_held() -> Iterator[None]:
-    """Let SIGINT and SIGTERM wait until the block ends: a worker that begins inherits this, and so does not die of them."""
-    previous = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    """Let SIGINT and SIGTERM wait until the block ends.
+
+    Blocked, they do not end a worker that begins, which inherits that. This process may have threads that do not block them,
+    and Python runs the handler in this one all the same: so that the handler waits, too.
+    """
+    received, handlers = [], {}
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     try:
+        for number in _SIGNALS:
+            if signal.getsignal(number) != signal.SIG_IGN:
+                handlers[number] = signal.signal(number, lambda number, frame: received.append(number))
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for number in received:
+            signal.raise_signal(number)
 
 
 def _lost_worker(error: BaseException | None) -> str:
