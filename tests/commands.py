@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.command_server import REPOSITORY
+from utils.killed_trainings import environments_of_ranks
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ class Commands:
         """Start a command.
 
         Args:
-            words: an entry script (`VarAD.py`) or a module (`scripts.predict`), and its arguments.
+            words: an entry script (`VarAD.py`), another script's path or a module (`scripts.predict`), and its arguments.
             plug: `module:function` or `module:function:argument`, called in the process before the command begins.
             env: what its environment has beside this process's.
         """
@@ -114,3 +115,15 @@ class Commands:
     def run(self, *words: str, timeout: float = 120, **options) -> Finished:
         """Start a command (see `start`) and wait for its end."""
         return self.start(*words, **options).wait(timeout)
+
+    def start_two(self, *words: str) -> list[Running]:
+        """Start a command as two processes that know of each other as under torchrun, which itself is not there."""
+        return [self.start(*words, env=environment) for environment in environments_of_ranks(2)]
+
+
+def errors_of(processes: list[Running], timeout: float = 180) -> str:
+    """What the processes of one command wrote to standard error; fails unless all end with exit code 0."""
+    ended = [process.wait(timeout) for process in processes]
+    errors = "".join(process.err for process in ended)
+    assert [process.code for process in ended] == [0] * len(ended), errors
+    return errors

@@ -1,4 +1,4 @@
-"""What the tests of several processes let torchrun run: distributed_work.py FOLDER. Results go to files in that folder."""
+"""What the tests of several processes let them do: distributed_work.py FOLDER. Results go to files in that folder."""
 
 import sys
 from functools import partial
@@ -7,8 +7,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch.utils.data import Dataset
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from binarize.linear import BinarizationOptions
 from binarize.stages import binarize, binary_layers, calibrate

@@ -11,6 +11,7 @@ import pytest
 
 import utils.array_file
 from common.errors import ResourceError
+from tests.commands import errors_of
 from utils.array_file import ArrayFile, _own_part, open_array
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -168,20 +169,15 @@ def test_killed_process_leaves_no_complete_looking_file_and_the_next_one_tidies_
     assert f"removed {left}" in caplog.text
 
 
-def test_two_processes_make_the_same_files_and_none_waits_for_a_failed_one(tmp_path, mvtec):
+def test_two_processes_make_the_same_files_and_none_waits_for_a_failed_one(commands, tmp_path, mvtec):
     script = tmp_path / "make.py"
     script.write_text(textwrap.dedent(SCRIPT))
-    two = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     content, errors = {}, {}
-    for name, launcher in {"one": [], "two": two}.items():
+    for name in ("one", "two"):
         folder = tmp_path / name
         folder.mkdir()
-        subprocess.run(
-            [sys.executable, *launcher, str(script), str(mvtec), str(folder)],
-            env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
-            check=True,
-            timeout=240,
-        )
+        words = (str(script), str(mvtec), str(folder))
+        errors_of([commands.start(*words)] if name == "one" else commands.start_two(*words))
         content[name] = {file.relative_to(folder): file.read_bytes() for file in folder.rglob("*.npy")}
         errors[name] = [path.read_text() for path in sorted(folder.glob("error_*.txt"))]
         assert not list((folder / "bad").iterdir())

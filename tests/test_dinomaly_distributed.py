@@ -1,4 +1,4 @@
-"""Dinomaly under torchrun: hard tokens are chosen in the whole batch of all processes, which draw different noise."""
+"""Dinomaly in two processes: hard tokens are chosen in the whole batch of all processes, which draw different noise."""
 
 import json
 from pathlib import Path
@@ -7,19 +7,17 @@ import pytest
 import torch
 
 import utils.training
-from tests.conftest import REPOSITORY, command_line, run_folder
+from tests.commands import errors_of
+from tests.conftest import command_line, run_folder
 from tests.miniature import make_mvtec
-from tests.test_distributed import errors_of, start
 from utils.training import _noise_seed
 
 ITERATIONS = 8
 FLAGS = ("--clb_stage", "0", "--total_iters", str(ITERATIONS), "--bottleneck_dropout", "0", "--mining_warmup", "2")
 SCRIPT = """import sys
-sys.path.insert(0, {repository!r})
 import Binary_Dinomaly, utils.settings
 utils.settings._LOG_EVERY = 1
-if __name__ == "__main__":
-    sys.exit(Binary_Dinomaly.main())
+sys.exit(Binary_Dinomaly.main())
 """
 
 
@@ -29,19 +27,18 @@ def losses(folder: Path) -> list[float]:
     return [line["loss"] for line in lines]
 
 
-def test_two_processes_mine_and_learn_as_one_with_the_doubled_batch(train_dinomaly, tmp_path, monkeypatch):
+def test_two_processes_mine_and_learn_as_one_with_the_doubled_batch(train_dinomaly, commands, tmp_path, monkeypatch):
     data = make_mvtec(tmp_path / "data", train=10, good=1, defective=1)
     script = tmp_path / "script.py"
-    script.write_text(SCRIPT.format(repository=str(REPOSITORY)))
+    script.write_text(SCRIPT)
     flags = (*FLAGS, "--save_name", "dinomaly-together", "--batch_size", "2", "--quiet")
-    process = start(str(script), *command_line(tmp_path, data, "Folder", *flags))
+    processes = commands.start_two(str(script), *command_line(tmp_path, data, "Folder", *flags))
     monkeypatch.setattr("utils.settings._LOG_EVERY", 1)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     assert train_dinomaly(*FLAGS, "--save_name", "dinomaly-alone", "--batch_size", "4", "--quiet", data=data) == 0
     torch.set_num_threads(threads)
-    errors = errors_of(process)
-    assert process.returncode == 0, errors
+    errors_of(processes)
     alone, together = (losses(run_folder(tmp_path, f"dinomaly-{name}")) for name in ("alone", "together"))
     assert together == pytest.approx(alone, rel=1e-5)
 

@@ -16,6 +16,7 @@ import torch
 from torch.distributed import HashStore
 
 from common.errors import Interrupted, ResourceError, UserError
+from tests import commands as command_processes
 from tests import distributed_work
 from tests.conftest import REPOSITORY, command_line, run_folder
 from tests.miniature import make_mvtec
@@ -61,19 +62,17 @@ def errors_of(process: subprocess.Popen) -> str:
 
 
 @pytest.fixture(scope="module")
-def shared(tmp_path_factory) -> Path:
+def shared(commands, tmp_path_factory) -> Path:
     """Folder with what two processes computed, and in its folder `one` what one process computed."""
     folder = tmp_path_factory.mktemp("shared")
     target = normal(4, 3, 5)
     rebuilt = np.concatenate([target[:2] + 0.1 * normal(2, 3, 5, seed=1), normal(2, 3, 5, seed=2)])  # the first half is easy
     np.savez(folder / "mining.npz", target=target, reconstruction=rebuilt)
-    process = start(str(REPOSITORY / "tests" / "distributed_work.py"), str(folder))
+    processes = commands.start_two("tests/distributed_work.py", str(folder))
     (folder / "one").mkdir()
     for kind in distributed_work.KINDS:
         distributed_work.train(folder / "one", kind)
-    errors = errors_of(process)
-    assert process.returncode == 0, errors
-    assert "Warning" not in errors
+    assert "Warning" not in command_processes.errors_of(processes)
     return folder
 
 

@@ -1,4 +1,4 @@
-"""One model of many categories under torchrun: trained, measured and reported as by one process."""
+"""One model of many categories in two processes: trained, measured and reported as by one."""
 
 import re
 from collections import Counter
@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.conftest import REPOSITORY, command_line, run_folder
+from tests.commands import errors_of
+from tests.conftest import command_line, run_folder
 from tests.miniature import make_mvtec
-from tests.test_distributed import errors_of, metrics, start
+from tests.test_distributed import metrics
 from utils.checkpoint import load_checkpoint
 
 ITEMS = ("bottle", "nut")
@@ -26,7 +27,7 @@ def script(request) -> str:
 
 @pytest.fixture
 def single(script, train_multi, train_few):
-    """The same script in this process, with as many threads as each process of torchrun has."""
+    """The same script in this process, with as many threads as each of the two has."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield train_few if script == "Binary_INP_Few_Shot" else train_multi
@@ -46,13 +47,12 @@ def assert_told_once(errors: str, log: str) -> None:
     assert "process 1:" not in errors
 
 
-def test_two_processes_train_and_measure_as_one(script, single, tmp_path):
+def test_two_processes_train_and_measure_as_one(script, single, commands, tmp_path):
     data = make_mvtec(tmp_path / "data", items=ITEMS, train=5, good=4)
     flags = (*FLAGS[script], "--save_name", "together", "--batch_size", "2")
-    process = start(str(REPOSITORY / f"{script}.py"), *command_line(tmp_path, data, "Folder", *flags))
+    processes = commands.start_two(f"{script}.py", *command_line(tmp_path, data, "Folder", *flags))
     assert single(*FLAGS[script], "--save_name", "alone", "--batch_size", "4", data=data) == 0
-    errors = errors_of(process)
-    assert process.returncode == 0, errors
+    errors = errors_of(processes)
     together, alone = (folder_of(tmp_path, script, name) for name in ("together", "alone"))
     assert_told_once(errors, (together / "log.txt").read_text())
 

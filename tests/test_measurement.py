@@ -1,11 +1,8 @@
 """Measuring a category as its batches come: the numbers of all maps at once, from one process or two, or within an error."""
 
 import logging
-import multiprocessing
-import os
 import pickle
 import re
-import socket
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -22,11 +19,12 @@ from datasets.catalog import LAYOUTS, ListingOptions
 from datasets.records import DefectRegion, ImageDataset, Record
 from models.detector import Detector
 from scripts import evaluate as evaluation_tool
+from tests.commands import errors_of
 from tests.miniature import make_mvtec
 from tests.miniature_layouts import make_loco
 from tests.test_evaluation import FirstChannel, SmallMemory
 from tests.test_pixel_scores import slow_saturated_overlap
-from utils.distributed import process_group
+from utils.distributed import process_group, rank
 from utils.evaluation import evaluate, measure
 from utils.feature_cache import FeatureDataset
 from utils.measurement import Measurement
@@ -324,38 +322,24 @@ def measured(scene: str) -> Measurement | None:
     return run(**{"data": Images(), **SCENES[scene]})
 
 
-def one_of_two(rank: int, port: int, folder: Path) -> None:
-    """What torchrun starts: measure every scene, then one whose damaged image only the second process sees."""
-    torch.set_num_threads(1)
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": "2",
-        "LOCAL_WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
+def measure_together(folder: Path) -> None:
+    """What each of two processes does: measure every scene, then one whose damaged image only the second process sees."""
     with process_group():
         results = {scene: measured(scene) for scene in SCENES}
         try:
             run(Images(damaged=9))
         except NumericError as error:
             results["error"] = str(error)
-    (folder / f"{rank}.pickle").write_bytes(pickle.dumps(results))
+    (folder / f"{rank()}.pickle").write_bytes(pickle.dumps(results))
 
 
-def test_two_processes_measure_what_one_does(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=one_of_two, args=(rank, port, tmp_path)) for rank in range(2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(timeout=120)
-        process.kill()
-    assert [process.exitcode for process in processes] == [0, 0]
+def test_two_processes_measure_what_one_does(commands, tmp_path):
+    script = tmp_path / "measure.py"
+    script.write_text(f"""import pathlib
+from tests.test_measurement import measure_together
+measure_together(pathlib.Path({str(tmp_path)!r}))
+""")
+    errors_of(commands.start_two(str(script)))
     main, other = (pickle.loads((tmp_path / f"{rank}.pickle").read_bytes()) for rank in range(2))
     assert "folder/9.png" in main["error"]
     assert other == {**dict.fromkeys(SCENES), "error": main["error"]}

@@ -11,9 +11,10 @@ from binarize.packed import read_file
 from common.errors import Interrupted
 from models.varad import VarAD as VarADDetector
 from scripts import export, predict
-from tests.conftest import REPOSITORY, command_line, run_folder
+from tests.commands import errors_of
+from tests.conftest import command_line, run_folder
 from tests.miniature import make_mvtec
-from tests.test_distributed import errors_of, metrics, start
+from tests.test_distributed import metrics
 from tests.test_resume import assert_same
 from tests.test_varad_runs import FLAGS, ITERATIONS, Runs
 from utils import train_phase, training
@@ -100,17 +101,16 @@ def test_an_interrupted_training_resumes_to_the_same_model(runs, monkeypatch, fl
     assert_same(*(load_checkpoint(model)["model"] for model in models))
 
 
-def test_two_processes_train_and_measure_as_one(tmp_path):
+def test_two_processes_train_and_measure_as_one(commands, tmp_path):
     data = make_mvtec(tmp_path / "data", items=ITEMS, train=5, good=4)
     flags = ("--total_iters", "4", "--m", "1", "--setting", "multi")
     together = command_line(tmp_path, data, "Folder", *flags, "--save_name", "VarAD-together", "--batch_size", "2")
-    process = start("--", str(REPOSITORY / "VarAD.py"), *together)
+    processes = commands.start_two("VarAD.py", *together)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     alone = command_line(tmp_path, data, "Folder", *flags, "--save_name", "VarAD-alone", "--batch_size", "4", "--quiet")
     assert VarAD.main(alone) == 0
-    errors = errors_of(process)
-    assert process.returncode == 0, errors
+    errors_of(processes)
     first, second = (metrics(run_folder(tmp_path, f"VarAD-{name}") / "metrics.jsonl") for name in ("alone", "together"))
     assert [line["iteration"] for line in first] == [line["iteration"] for line in second] == [4]
     assert second[0]["loss"] == pytest.approx(first[0]["loss"], rel=1e-5)

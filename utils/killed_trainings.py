@@ -77,25 +77,23 @@ class Training:
         """Begin it, or go on where it was stopped."""
         self.folder.mkdir(exist_ok=True)
         place = mmap.mmap(-1, 1)
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        return Command(self, place, [self._fork(rank, port, place, moment) for rank in range(self.ranks)])
+        environments = environments_of_ranks(self.ranks)
+        return Command(self, place, [self._fork(rank, environments[rank], place, moment) for rank in range(self.ranks)])
 
-    def _fork(self, rank: int, port: int, place: mmap.mmap, moment: Moment | None) -> int:
+    def _fork(self, rank: int, environment: dict[str, str], place: mmap.mmap, moment: Moment | None) -> int:
         sys.stdout.flush()
         process = os.fork()
         if process:
             return process
         code = 1
         try:
-            code = self._become(rank, port, place, moment)
+            code = self._become(rank, environment, place, moment)
         finally:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(code)
 
-    def _become(self, rank: int, port: int, place: mmap.mmap, moment: Moment | None) -> int:
+    def _become(self, rank: int, environment: dict[str, str], place: mmap.mmap, moment: Moment | None) -> int:
         """Do in this forked process what the command line does; returns the exit code."""
         os.setsid()
         for each, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
@@ -104,10 +102,7 @@ class Training:
         os.dup2(output, 1)
         os.dup2(output, 2)
         os.chdir(self.folder)
-        if self.ranks > 1:
-            names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": self.ranks, "LOCAL_WORLD_SIZE": self.ranks}
-            os.environ |= {name: str(value) for name, value in names.items()}
-            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        os.environ |= environment
         self.prepare()
         _observe(place, moment)
         script, *flags = SYSTEMS[self.system]
@@ -185,6 +180,17 @@ class Command:
         ):
             time.sleep(0.05)
         return left
+
+
+def environments_of_ranks(count: int) -> list[dict[str, str]]:
+    """What torchrun adds to the environment of each of several processes; nothing to that of one alone."""
+    if count == 1:
+        return [{}]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    counts = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+    return [{**meeting, **counts, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
 
 
 def members_of_session(session: int) -> list[int]:
