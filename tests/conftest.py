@@ -1,8 +1,5 @@
 """Shared fixtures."""
 
-import os
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -100,22 +97,6 @@ def commands(tmp_path_factory, counted_costs):
     started = Commands(tmp_path_factory.mktemp("commands"), counted_costs)
     yield started
     started.close()
-
-
-@pytest.fixture
-def start_process(tmp_path):
-    """Start an entry script as a user does; returns the running process."""
-
-    def start(*flags: str, data: Path, dataset: str = "Folder", script: str = "Binary_INP_Single_Class") -> subprocess.Popen:
-        return subprocess.Popen(
-            [sys.executable, str(REPOSITORY / f"{script}.py"), *command_line(tmp_path, data, dataset, *flags)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-
-    return start
 
 
 def command_line(tmp_path: Path, data: Path | None, dataset: str, *flags: str) -> list[str]:

@@ -1,8 +1,6 @@
 """Array files: complete or absent, whatever interrupts their making, and the same however many processes make them."""
 
 import os
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
@@ -144,9 +142,11 @@ def test_process_that_begins_after_another_has_failed_leaves_the_verdict_to_it(t
     assert not list(tmp_path.iterdir())
 
 
-def test_killed_process_leaves_no_complete_looking_file_and_the_next_one_tidies_up(tmp_path, caplog):
+def test_killed_process_leaves_no_complete_looking_file_and_the_next_one_tidies_up(commands, tmp_path, caplog):
+    folder, script = tmp_path / "folder", tmp_path / "make.py"
+    folder.mkdir()
     code = f"""
-        import os, signal, sys
+        import os, signal
         from pathlib import Path
         from tests.test_array_file import array_file, blocks_of_four
 
@@ -156,16 +156,16 @@ def test_killed_process_leaves_no_complete_looking_file_and_the_next_one_tidies_
                     os.kill(os.getpid(), signal.SIGKILL)
                 yield block
 
-        array_file(Path({str(tmp_path)!r})).make(blocks, 4)
+        array_file(Path({str(folder)!r})).make(blocks, 4)
     """
-    killed = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], cwd=REPOSITORY, timeout=120, check=False)
-    assert killed.returncode == -9
-    (left,) = tmp_path.iterdir()
+    script.write_text(textwrap.dedent(code))
+    assert commands.run(str(script)).code == -9
+    (left,) = folder.iterdir()
     assert left.name.endswith(".tmp")
     running = left.with_name(left.name.replace(left.suffixes[-2], f".{os.getppid()}"))
     running.write_bytes(b"another process is at it")
-    array_file(tmp_path).make(blocks_of_four, 4)
-    assert sorted(tmp_path.iterdir()) == sorted([running, tmp_path / "rows.npy"])
+    array_file(folder).make(blocks_of_four, 4)
+    assert sorted(folder.iterdir()) == sorted([running, folder / "rows.npy"])
     assert f"removed {left}" in caplog.text
 
 

@@ -10,7 +10,7 @@ import torch
 
 import utils.training
 from common.errors import Interrupted
-from tests.conftest import run_folder
+from tests.conftest import command_line, run_folder
 from tests.miniature import make_mvtec
 from utils.checkpoint import load_checkpoint, save_checkpoint
 
@@ -135,19 +135,19 @@ def test_finished_categories_are_skipped(train, tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_signals_to_a_real_process(start_process, train, data, tmp_path, number):
+def test_signals_to_a_real_process(commands, train, data, tmp_path, number):
     flags = ("--total_iters", "4000", "--save_every", "20", "--save_name", "real")
-    process = start_process(*flags, data=data)
+    process = commands.start("Binary_INP_Single_Class.py", *command_line(tmp_path, data, "Folder", *flags))
     last = run_folder(tmp_path, "real") / "bottle" / "last.pth"
-    deadline = time.monotonic() + 120
-    while not last.exists() and process.poll() is None and time.monotonic() < deadline:
+    deadline = time.monotonic() + 60
+    while not last.exists() and time.monotonic() < deadline:
         time.sleep(0.05)
-    process.send_signal(number)
-    errors = process.communicate(timeout=120)[1]
-    assert process.returncode == (-number if number == signal.SIGKILL else 128 + number), errors
+    process.send(number)
+    finished = process.wait()
+    assert finished.code == (-number if number == signal.SIGKILL else 128 + number), finished.err
     assert load_checkpoint(last)["iteration"] >= 20
     if number != signal.SIGKILL:
-        assert "--resume" in errors
+        assert "--resume" in finished.err
 
 
 def terminate_twice(stop: utils.training.StopRequest) -> None:
