@@ -23,6 +23,7 @@ from models.build import RANDOM_TINY_ENCODER
 from models.detector import Detector
 from models.efficientad import EfficientAD
 from models.encoder import load_encoder_weights, read_weights_file
+from models.feature_sources import EfficientNetLiteMaps, build_feature_source
 from models.patch_description import TEACHER_CHANNELS, PatchDescriptionNetwork
 from models.teacher import build_teacher
 from models.weight_files import state_sha256
@@ -283,6 +284,21 @@ def teacher_weights(path: Path) -> dict:
     return {"state": dict(teacher.network.state_dict()), "sha256": teacher.weights_sha256}
 
 
+def source_state(variant: int) -> dict:
+    torch.manual_seed(variant)
+    return _of_floats(EfficientNetLiteMaps())
+
+
+def source_weights(path: Path) -> dict:
+    """As the distillation of a teacher with --source FILE does."""
+    source = build_feature_source(str(path), TEACHER_CHANNELS["tiny"], 64)
+    return {"state": _of_floats(source.maps), "sha256": source.weights_sha256}
+
+
+def _of_floats(network: torch.nn.Module) -> dict:
+    return {name: value for name, value in network.state_dict().items() if value.is_floating_point()}
+
+
 def is_usable_network(value: dict, original: dict) -> None:
     """Finite float32 weights of the right shapes, under a hash of their own."""
     assert value["state"].keys() == original["state"].keys()
@@ -377,6 +393,7 @@ READERS = [
     ),
     *(_weights("encoder", suffix, encoder_state, encoder_weights) for suffix in (".safetensors", ".pth")),
     *(_weights("teacher", suffix, teacher_state, teacher_weights) for suffix in (".safetensors", ".pth")),
+    _weights("source", ".safetensors", source_state, source_weights),
     _reader("teacher weights with their hash", make_sealed_teacher, teacher_weights, "safetensors"),
     _reader("hash beside weights", make_neighbour, lambda path: teacher_weights(path.with_suffix("")), "lines"),
     _reader("feature cache", partial(make_cache, features_of), lambda path: features_of(path.parents[1]), "array"),
