@@ -1,5 +1,6 @@
 """Shared fixtures."""
 
+import signal
 from functools import partial
 from pathlib import Path
 
@@ -26,6 +27,15 @@ def counted_costs(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("costs")
     remember_costs(folder)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def signal_handlers():
+    """A command that fails as one of several processes goes on ignoring SIGTERM, which is right where it ends after that."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")
