@@ -41,6 +41,15 @@ def bug() -> None:
     utils.command.log_to_terminal = log_to_terminal
 
 
+def refused(number: str, *path: str) -> None:
+    """The system refuses something in a place where nobody expects that."""
+
+    def log_to_terminal(quiet: bool) -> None:
+        raise OSError(int(number), os.strerror(int(number)), *path)
+
+    utils.command.log_to_terminal = log_to_terminal
+
+
 def reader_gone(descriptor: str) -> None:
     """The process that reads a standard stream has ended, as `| head` does."""
     reading, writing = os.pipe()

@@ -1,6 +1,7 @@
 """What happens to a process: bugs, signals, lost streams, lost loader processes, too little memory, losses of no number."""
 
 import csv
+import errno
 import os
 import re
 import signal
@@ -43,6 +44,26 @@ def test_bug_is_one_sentence_with_the_way_to_its_traceback(commands, command):
     finished = commands.run(command, *NEEDED.get(command, ()), plug=plug("bug"))
     assert finished.code == 1, finished.err
     assert finished.sentence == "error: unexpected TypeError: a bug of two lines; run again with --debug for the traceback"
+
+
+@pytest.mark.parametrize("command", ["VarAD.py", "scripts.report"])
+@pytest.mark.parametrize(
+    ("number", "path", "code", "sentence"),
+    [
+        (errno.EIO, ["log.txt"], 4, "the system refused: 'log.txt': Input/output error; mend that and run the command again"),
+        (errno.EMFILE, [], 4, "the system refused: Too many open files; mend that and run the command again"),
+        (
+            errno.EISDIR,
+            ["a"],
+            1,
+            "unexpected IsADirectoryError: [Errno 21] Is a directory: 'a'; run again with --debug for the",
+        ),
+    ],
+)
+def test_refusal_of_the_system_is_told_from_a_bug(commands, command, number, path, code, sentence):
+    finished = commands.run(command, *NEEDED.get(command, ()), plug=plug("refused", number, *path))
+    assert finished.code == code
+    assert finished.sentence.startswith(f"error: {sentence}")
 
 
 @pytest.mark.parametrize("command", ["RAAD.py", "scripts.check_dataset"])
