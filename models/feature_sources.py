@@ -167,11 +167,13 @@ def build_feature_source(name: str, channels: int, image_size: int) -> FeatureSo
         return FeatureSource(TokenMaps(encoder), channels, name, encoder.source, encoder.weights_sha256)
     if name == WIDE_RESNET:
         state, source = _wide_resnet_weights()
+        place = source
     else:
         path = EFFICIENTNET_LITE0_FILE if name == EFFICIENTNET_LITE0 else Path(name)
         state, source = read_state_dict(path, "weights of the feature source", "--source")
+        place = repr(str(path))
     architecture, maps, state = _recognised(state, name)
-    return FeatureSource(maps, channels, architecture, source, _load(maps, state, source))
+    return FeatureSource(maps, channels, architecture, source, _load(maps, state, place))
 
 
 def _wide_resnet_weights() -> tuple[dict[str, Tensor], str]:
@@ -224,8 +226,8 @@ def to_timm_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
-def _load(maps: nn.Module, state: dict[str, Tensor], source: str) -> str:
-    """Load what the network uses of a state dict; returns the sha256 of that."""
+def _load(maps: nn.Module, state: dict[str, Tensor], place: str) -> str:
+    """Load what the network uses of a state dict, which is from `place`; returns the sha256 of that."""
     expected = maps.state_dict()
     counters = {name: torch.zeros((), dtype=torch.long) for name in expected if name.endswith(_COUNTER)}
     used = {name: state[name].float() for name in expected if name in state and name not in counters}
@@ -233,7 +235,7 @@ def _load(maps: nn.Module, state: dict[str, Tensor], source: str) -> str:
     shapes = sorted(name for name, value in used.items() if value.shape != expected[name].shape)
     if missing or shapes:
         raise UserError(
-            f"weights of the feature source do not fit: {source} lacks {len(missing)} tensors {missing[:3]} and has "
+            f"weights of the feature source do not fit: {place} lacks {len(missing)} tensors {missing[:3]} and has "
             f"{len(shapes)} of another shape {shapes[:3]}; give a file of {EFFICIENTNET_LITE0} or {WIDE_RESNET}"
         )
     maps.load_state_dict(counters | used, assign=True)
