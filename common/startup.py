@@ -15,6 +15,7 @@ _ENTRY_SCRIPTS = {
     *("Binary_Dinomaly.py", "Binary_INP_Few_Shot.py", "Binary_INP_Multi_Class.py", "Binary_INP_Single_Class.py"),
     *("RAAD.py", "VarAD.py"),
 }
+_collector_rests: bool | None = None  # None before `prepare_start`, False after `end_start`
 
 
 def prepare_start() -> None:
@@ -29,12 +30,17 @@ def prepare_start() -> None:
             os.fstat(descriptor)
         except OSError:  # the next file that is opened would get this number, and messages of libraries with it
             os.open(os.devnull, os.O_RDWR)
-    gc.disable()  # it would look again and again at what imports make, which all stays: a quarter of their time
+    global _collector_rests
+    if _collector_rests is None:
+        _collector_rests = True
+        gc.disable()  # it would look again and again at what imports make, which all stays: a quarter of their time
 
 
 def end_start() -> None:
     """Switch the garbage collector on again where `prepare_start` switched it off; what was imported it never looks at."""
-    if not gc.isenabled():
+    global _collector_rests
+    if _collector_rests:
+        _collector_rests = False
         gc.freeze()
         gc.enable()
 

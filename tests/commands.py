@@ -2,15 +2,19 @@
 
 import json
 import os
+import select
 import signal
 import socket
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from tests.command_server import REPOSITORY
 from utils.killed_trainings import environments_of_ranks
+
+_SECONDS_TO_FOLLOW = 10
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,10 @@ class Running:
     def send(self, number: int, group: bool = False) -> None:
         """Send a signal to the process, or to its whole group."""
         (os.killpg if group else os.kill)(self.pid, number)
+
+    def has_ended(self, seconds: float = 0) -> bool:
+        """True if it ends within so many seconds."""
+        return self.ended or bool(select.select([self._connection], [], [], seconds)[0])
 
     def err_so_far(self) -> str:
         """What stands in its standard error by now."""
@@ -121,9 +129,22 @@ class Commands:
         return [self.start(*words, env=environment) for environment in environments_of_ranks(2)]
 
 
-def errors_of(processes: list[Running], timeout: float = 180) -> str:
-    """What the processes of one command wrote to standard error; fails unless all end with exit code 0."""
-    ended = [process.wait(timeout) for process in processes]
-    errors = "".join(process.err for process in ended)
-    assert [process.code for process in ended] == [0] * len(ended), errors
+def joint_errors(processes: list[Running], timeout: float = 180) -> str:
+    """What the processes of one command wrote to standard error; fails unless all end with exit code 0.
+
+    If one of them fails, the others have a few seconds to follow.
+    """
+    deadline, codes = time.monotonic() + timeout, []
+    waiting = list(processes)
+    while waiting and time.monotonic() < deadline:
+        for process in [each for each in waiting if each.has_ended(0.05)]:
+            waiting.remove(process)
+            codes.append(process.wait().code)
+            if codes[-1]:
+                deadline = min(deadline, time.monotonic() + _SECONDS_TO_FOLLOW)
+    for process in waiting:
+        process.send(signal.SIGKILL, group=True)
+        codes.append(process.wait().code)
+    errors = "".join(process.err_so_far() for process in processes)
+    assert codes == [0] * len(processes), errors
     return errors

@@ -31,7 +31,10 @@ def counted_costs(tmp_path_factory) -> Path:
 
 @pytest.fixture(autouse=True)
 def signal_handlers():
-    """A command that fails as one of several processes goes on ignoring SIGTERM, which is right where it ends after that."""
+    """Restores the handlers of SIGINT and SIGTERM after every test.
+
+    A command that fails as one of several processes goes on ignoring SIGTERM, which is right where it ends after that.
+    """
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
     for number, handler in handlers.items():

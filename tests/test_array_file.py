@@ -9,10 +9,9 @@ import pytest
 
 import utils.array_file
 from common.errors import ResourceError
-from tests.commands import errors_of
+from tests.commands import joint_errors
 from utils.array_file import ArrayFile, _own_part, open_array
 
-REPOSITORY = Path(__file__).resolve().parent.parent
 ROWS = np.arange(11 * 6, dtype=np.float32).reshape(11, 2, 3)
 SCRIPT = """
     import sys, time
@@ -177,7 +176,7 @@ def test_two_processes_make_the_same_files_and_none_waits_for_a_failed_one(comma
         folder = tmp_path / name
         folder.mkdir()
         words = (str(script), str(mvtec), str(folder))
-        errors_of([commands.start(*words)] if name == "one" else commands.start_two(*words))
+        joint_errors([commands.start(*words)] if name == "one" else commands.start_two(*words))
         content[name] = {file.relative_to(folder): file.read_bytes() for file in folder.rglob("*.npy")}
         errors[name] = [path.read_text() for path in sorted(folder.glob("error_*.txt"))]
         assert not list((folder / "bad").iterdir())

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import utils.training
-from tests.commands import errors_of
+from tests.commands import joint_errors
 from tests.conftest import command_line, run_folder
 from tests.miniature import make_mvtec
 from utils.training import _noise_seed
@@ -38,7 +38,7 @@ def test_two_processes_mine_and_learn_as_one_with_the_doubled_batch(train_dinoma
     torch.set_num_threads(1)
     assert train_dinomaly(*FLAGS, "--save_name", "dinomaly-alone", "--batch_size", "4", "--quiet", data=data) == 0
     torch.set_num_threads(threads)
-    errors_of(processes)
+    joint_errors(processes)
     alone, together = (losses(run_folder(tmp_path, f"dinomaly-{name}")) for name in ("alone", "together"))
     assert together == pytest.approx(alone, rel=1e-5)
 

@@ -16,8 +16,8 @@ import torch
 from torch.distributed import HashStore
 
 from common.errors import Interrupted, ResourceError, UserError
-from tests import commands as command_processes
 from tests import distributed_work
+from tests.commands import joint_errors
 from tests.conftest import REPOSITORY, command_line, run_folder
 from tests.miniature import make_mvtec
 from tests.test_dinomaly_training import mining_weights
@@ -72,7 +72,7 @@ def shared(commands, tmp_path_factory) -> Path:
     (folder / "one").mkdir()
     for kind in distributed_work.KINDS:
         distributed_work.train(folder / "one", kind)
-    assert "Warning" not in command_processes.errors_of(processes)
+    assert "Warning" not in joint_errors(processes)
     return folder
 
 
@@ -358,7 +358,9 @@ def test_failure_of_one_process_is_said_under_its_number():
 
 
 def test_missing_data_is_said_once(folder):
-    process = start_command(folder, "missing", "--data_path", str(folder / "nowhere"))
+    """Of VarAD, whose --m torchrun would take for itself without the two dashes."""
+    words = command_line(folder, folder / "nowhere", "Folder", "--m", "1")
+    process = start("--", str(REPOSITORY / "VarAD.py"), *words)
     errors = errors_of(process)
     assert process.returncode != 0
     assert errors.count("error: ") == errors.count(str(folder / "nowhere")) == 1, errors

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.commands import errors_of
+from tests.commands import joint_errors
 from tests.conftest import command_line, run_folder
 from tests.miniature import make_mvtec
 from tests.test_distributed import metrics
@@ -52,7 +52,7 @@ def test_two_processes_train_and_measure_as_one(script, single, commands, tmp_pa
     flags = (*FLAGS[script], "--save_name", "together", "--batch_size", "2")
     processes = commands.start_two(f"{script}.py", *command_line(tmp_path, data, "Folder", *flags))
     assert single(*FLAGS[script], "--save_name", "alone", "--batch_size", "4", data=data) == 0
-    errors = errors_of(processes)
+    errors = joint_errors(processes)
     together, alone = (folder_of(tmp_path, script, name) for name in ("together", "alone"))
     assert_told_once(errors, (together / "log.txt").read_text())
 

@@ -11,6 +11,8 @@ import sys
 import pytest
 import torch
 
+import utils.command
+import VarAD
 from tests.command_server import ENTRY_SCRIPTS
 from tests.conftest import REPOSITORY
 from tests.entry_scripts import ALL, DINOMALY, INP_SINGLE, RAAD, VARAD
@@ -138,7 +140,7 @@ assert gc.isenabled()
     assert (finished.returncode, finished.stderr) == (0, "")
 
 
-def test_garbage_is_collected_again_once_everything_is_imported():
+def test_garbage_is_collected_again_once_everything_is_imported(monkeypatch):
     bootstrap = """
 import gc, sys
 sys.argv = ["VarAD.py"]
@@ -147,9 +149,16 @@ common.startup.prepare_start()
 assert not gc.isenabled()
 common.startup.end_start()
 assert gc.isenabled() and gc.get_freeze_count() > 0
+common.startup.prepare_start()
+assert gc.isenabled()
 """
     finished = subprocess.run([sys.executable, "-c", bootstrap], cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
     assert (finished.returncode, finished.stderr) == (0, "")
+    calls = []
+    monkeypatch.setattr(utils.command, "end_start", lambda: calls.append(True))
+    with pytest.raises(SystemExit):
+        VarAD.main(["--debgu"])
+    assert calls == [True]
 
 
 def test_second_signal_while_a_checkpoint_is_saved_ends_at_once_and_keeps_the_old_one(commands, tmp_path, mvtec):

@@ -82,7 +82,8 @@ def test_number_of_loader_processes_changes_nothing(place):
         (INP_SINGLE, "training", 3, "SIGINT", "group", 2),
         (INP_SINGLE, "training", 3, "SIGTERM", "group", 2),
         (INP_SINGLE, "loading", 1, "SIGTERM", "group", 2),
-        (INP_SINGLE, "unloading", 1, "SIGTERM", "group", 2),
+        (INP_SINGLE, "unloading", 1, "SIGTERM", "group", 2),  # of what computes features for the cache
+        (INP_SINGLE, "unloading", 3, "SIGTERM", "process", 2),  # of the training
         (INP_SINGLE, "evaluation", 1, "SIGTERM", "process", 0),
         (INP_SINGLE, "evaluation", 3, "SIGTERM", "group", 2),
         (RAAD, "quantization", 2, "SIGTERM", "group", 2),

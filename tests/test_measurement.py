@@ -19,7 +19,7 @@ from datasets.catalog import LAYOUTS, ListingOptions
 from datasets.records import DefectRegion, ImageDataset, Record
 from models.detector import Detector
 from scripts import evaluate as evaluation_tool
-from tests.commands import errors_of
+from tests.commands import joint_errors
 from tests.miniature import make_mvtec
 from tests.miniature_layouts import make_loco
 from tests.test_evaluation import FirstChannel, SmallMemory
@@ -339,7 +339,7 @@ def test_two_processes_measure_what_one_does(commands, tmp_path):
 from tests.test_measurement import measure_together
 measure_together(pathlib.Path({str(tmp_path)!r}))
 """)
-    errors_of(commands.start_two(str(script)))
+    joint_errors(commands.start_two(str(script)))
     main, other = (pickle.loads((tmp_path / f"{rank}.pickle").read_bytes()) for rank in range(2))
     assert "folder/9.png" in main["error"]
     assert other == {**dict.fromkeys(SCENES), "error": main["error"]}

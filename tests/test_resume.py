@@ -140,8 +140,9 @@ def test_signals_to_a_real_process(commands, train, data, tmp_path, number):
     process = commands.start("Binary_INP_Single_Class.py", *command_line(tmp_path, data, "Folder", *flags))
     last = run_folder(tmp_path, "real") / "bottle" / "last.pth"
     deadline = time.monotonic() + 60
-    while not last.exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
+    while not last.exists() and not process.has_ended(0.05) and time.monotonic() < deadline:
+        pass
+    assert last.exists(), process.err_so_far()
     process.send(number)
     finished = process.wait()
     assert finished.code == (-number if number == signal.SIGKILL else 128 + number), finished.err

@@ -11,7 +11,7 @@ from binarize.packed import read_file
 from common.errors import Interrupted
 from models.varad import VarAD as VarADDetector
 from scripts import export, predict
-from tests.commands import errors_of
+from tests.commands import joint_errors
 from tests.conftest import command_line, run_folder
 from tests.miniature import make_mvtec
 from tests.test_distributed import metrics
@@ -110,7 +110,7 @@ def test_two_processes_train_and_measure_as_one(commands, tmp_path):
     torch.set_num_threads(1)
     alone = command_line(tmp_path, data, "Folder", *flags, "--save_name", "VarAD-alone", "--batch_size", "4", "--quiet")
     assert VarAD.main(alone) == 0
-    errors_of(processes)
+    joint_errors(processes)
     first, second = (metrics(run_folder(tmp_path, f"VarAD-{name}") / "metrics.jsonl") for name in ("alone", "together"))
     assert [line["iteration"] for line in first] == [line["iteration"] for line in second] == [4]
     assert second[0]["loss"] == pytest.approx(first[0]["loss"], rel=1e-5)

@@ -3,12 +3,14 @@
 import os
 import re
 import signal
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 
 from torch.utils.data import DataLoader, Dataset
 
 from common.errors import ResourceError
+from common.startup import end_start
 from utils.distributed import processes_on_this_machine
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -27,7 +29,7 @@ def loaded_batches(data: Dataset, num_workers: int, **options) -> Iterator[Itera
     """
     iterator = None
     try:
-        with _signals_held():
+        with _signals_held() if num_workers else nullcontext():
             options["persistent_workers"] = num_workers > 0  # so that they end below alone, and not with the last batch
             iterator = iter(DataLoader(data, num_workers=num_workers, worker_init_fn=_outlast_signals, **options))
         yield iterator
@@ -50,21 +52,20 @@ def _signals_held() -> Iterator[None]:
     """Let SIGINT and SIGTERM wait until the block ends.
 
     Blocked, they do not end a worker that begins, which inherits that. This process may have threads that do not block them,
-    and Python runs the handler in this one all the same: so that the handler waits, too.
+    and Python runs the handler in the main one all the same: so that the handler waits, too.
     """
-    received, handlers = [], {}
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
-    try:
-        for number in _SIGNALS:
-            if signal.getsignal(number) != signal.SIG_IGN:
-                handlers[number] = signal.signal(number, lambda number, frame: received.append(number))
+    received = []
+    with ExitStack() as stack:
+        stack.callback(lambda: [signal.raise_signal(number) for number in received])
+        stack.callback(signal.pthread_sigmask, signal.SIG_SETMASK, signal.pthread_sigmask(signal.SIG_BLOCK, ()))
+        signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+        if threading.current_thread() is threading.main_thread():  # no other one may change handlers
+            for number in _SIGNALS:
+                handler = signal.getsignal(number)
+                if callable(handler):  # and not "ignore", as for a job in the background
+                    stack.callback(signal.signal, number, handler)
+                    signal.signal(number, lambda number, frame: received.append(number))
         yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        for number in received:
-            signal.raise_signal(number)
 
 
 def _lost_worker(error: BaseException | None) -> str:
@@ -75,6 +76,7 @@ def _lost_worker(error: BaseException | None) -> str:
 
 def _outlast_signals(worker: int) -> None:
     """Signals often reach the whole process group: the parent decides what they mean and may still save a checkpoint."""
+    end_start()  # a worker that is not forked has imported everything itself
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(_SECONDS_AFTER_SIGTERM))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)

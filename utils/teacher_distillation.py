@@ -145,6 +145,7 @@ class Distillation:
         with StopRequest() as stop:
             self._measure_statistics(stop, num_workers)
             self._train(stop, iterations, num_workers, save_every)
+            self._end_if_asked(stop)  # a signal may have come while the loader processes ended
         self.export()
 
     def _measure_statistics(self, stop: StopRequest, num_workers: int) -> None:

@@ -163,7 +163,7 @@ def fit(
                 if is_main():
                     logger.warning("stopped at iteration %d; %s is saved, go on with --resume", done, last)
                 raise Interrupted(stopped)
-        _, stopped = stop.agree(torch.empty(0))
+    _, stopped = stop.agree(torch.empty(0))  # a signal may have come while the loader processes ended
     if stopped:
         raise Interrupted(stopped)
 
