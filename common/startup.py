@@ -20,6 +20,7 @@ _collector_rests: bool | None = None  # None before `prepare_start`, False after
 
 def prepare_start() -> None:
     """Let SIGINT and SIGTERM end the process with 130 and 143, and occupy closed standard streams, if this is a command."""
+    global _collector_rests
     if not _is_command():
         return
     for number, untouched in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
@@ -30,7 +31,6 @@ def prepare_start() -> None:
             os.fstat(descriptor)
         except OSError:  # the next file that is opened would get this number, and messages of libraries with it
             os.open(os.devnull, os.O_RDWR)
-    global _collector_rests
     if _collector_rests is None:
         _collector_rests = True
         gc.disable()  # it would look again and again at what imports make, which all stays: a quarter of their time
